@@ -1,0 +1,142 @@
+"""Tableaux: structure, files, closed-form moments."""
+
+import itertools
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.cases import SOLVER_CASES, at, diagonal, drain
+from undiffuse import (
+    DDIM,
+    DDPM,
+    VP,
+    Adams,
+    DPMpp2M,
+    Gaussian,
+    InputError,
+    Level,
+    Noise,
+    Tableau,
+    UniformLam,
+    trace,
+    trajectory,
+)
+
+LEVELS = UniformLam()(VP(), 6)
+
+
+def test_ddim_by_hand():
+    """Two steps: x1 = s1/s0 x + (a1 - s1/s0 a0) D1, x2 = a2 D2."""
+    l0, l1, l2 = at([-1.0, 0.5, float("inf")])
+    table, ratio = trace(DDIM(), [l0, l1, l2]), l1.sigma / l0.sigma
+    expected = torch.tensor([[1, 0, 0], [ratio, l1.alpha - ratio * l0.alpha, 0]], dtype=torch.float64)
+    assert torch.allclose(table.points, expected, atol=1e-15)
+    assert torch.allclose(table.out, torch.tensor([0, 0, 1], dtype=torch.float64), atol=1e-15)
+
+
+@pytest.mark.parametrize("name", SOLVER_CASES)
+def test_rows_reproduce_constant_and_noise_free_data(name):
+    """If every prediction is the true x0, each deterministic point is alpha x0 + sigma eps: weights are consistent."""
+    solver = SOLVER_CASES[name]
+    table = trace(solver, LEVELS)
+    x0, eps = 1.7, -0.4
+    n = table.nfe
+    start = (LEVELS[0].alpha * x0 + LEVELS[0].sigma * eps).reshape(1)
+    values = torch.cat([start, torch.full((n,), x0, dtype=torch.float64), torch.zeros(table.draws).double()])
+    if table.draws == 0:
+        assert torch.allclose(table.points @ values, table.alpha * x0 + table.sigma * eps, atol=1e-13)
+    assert float(table.out @ values) == pytest.approx(x0, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", SOLVER_CASES)
+def test_file_round_trip_is_exact(name, tmp_path):
+    table = trace(SOLVER_CASES[name], LEVELS, name=name)
+    table.save(tmp_path / "plan.safetensors")
+    back = Tableau.load(tmp_path / "plan.safetensors")
+    for part in ("alpha", "sigma", "points", "out", "start", "end"):
+        assert torch.equal(getattr(table, part), getattr(back, part))
+    assert back.name == name
+
+
+def test_files_that_are_not_tableaux_are_refused(tmp_path):
+    path = tmp_path / "plan.safetensors"
+    table = trace(DDIM(), LEVELS)
+    table.save(path)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(InputError, match="not a readable tableau"):
+        Tableau.load(path)
+    save_file({"alpha": torch.ones(2)}, path)
+    with pytest.raises(InputError, match="not a readable tableau"):
+        Tableau.load(path)
+    with pytest.raises(InputError, match="not a readable tableau"):
+        Tableau.load(tmp_path / "missing.safetensors")
+    later = table.points.clone()
+    later[0, 3] = 1
+    with pytest.raises(InputError, match="lower triangular"):
+        Tableau(table.alpha, table.sigma, later, table.out, table.start, table.end)
+
+
+def test_memory_of_a_banded_tableau_is_bounded():
+    """No prediction outlives its last use: at most order + 2 states are alive at once."""
+    alive, peak = set(), 0
+
+    class Tracked(torch.Tensor):
+        pass
+
+    import weakref
+
+    def denoise(x, level):
+        nonlocal peak
+        y = torch.tanh(x)
+        alive.add(id(y))
+        weakref.finalize(y, alive.discard, id(y))
+        peak = max(peak, len(alive))
+        return y
+
+    for order in (1, 2, 3):
+        peak = 0
+        alive.clear()
+        trace(Adams(order), UniformLam()(VP(), 30)).run(denoise, torch.randn(4, 3))
+        assert peak <= order + 1
+
+
+def test_noise_is_drawn_in_the_drivers_order():
+    x, calls = torch.randn(2, 3, dtype=torch.float64), itertools.count()
+    table = trace(DDPM(), LEVELS)
+
+    def noise():
+        return torch.full_like(x, float(next(calls)))
+
+    by_table = table.run(lambda x, lv: torch.tanh(x), x, noise)
+    calls = itertools.count()
+    assert torch.allclose(by_table, drain(trajectory(lambda x, lv: torch.tanh(x), x, LEVELS, DDPM(), noise)))
+    with pytest.raises(InputError, match="draws noise 5 times"):
+        table.run(lambda x, lv: x, x)
+
+
+def test_gaussian_moments_equal_a_large_sample():
+    """The closed form against 200,000 draws, within five standard errors."""
+    table, n = trace(DDIM(0.7), LEVELS), 200_000
+    g = torch.Generator().manual_seed(0)
+    x = LEVELS[0].sigma * torch.randn(n, 1, generator=g).double()
+    out = table.run(Gaussian(diagonal(0.25, mean=0.5)), x, lambda: torch.randn(n, 1, generator=g).double())
+    got = table.gaussian(torch.tensor([0.25]), torch.tensor([0.5]))
+    assert float(out.mean()) == pytest.approx(float(got.mean), abs=5 * float(got.variance.sqrt()) / n**0.5)
+    assert float(out.var()) == pytest.approx(float(got.variance), rel=5 * (2 / n) ** 0.5)
+
+
+def test_what_cannot_be_traced_says_so():
+    with pytest.raises(InputError, match="cannot be traced"):
+        trace(DDPM("learned"), LEVELS)
+    with pytest.raises(InputError, match="0-dim"):
+        trace(DDIM(), [Level(torch.ones(2, 1), torch.ones(2, 1)), Level(1, 0)])
+
+
+def test_input_of_run_is_not_changed():
+    x = torch.randn(2, 3)
+    before = x.clone()
+    trace(DPMpp2M(), LEVELS).run(lambda x, lv: torch.tanh(x), x)
+    assert torch.equal(x, before)
+    y = Noise((2, 3))
+    assert y().shape == (2, 3)

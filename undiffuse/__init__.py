@@ -1,0 +1,27 @@
+"""undiffuse: the reverse process of diffusion models, exact and readable."""
+
+from undiffuse.cond import Cond, Label
+from undiffuse.denoise import Counter, Dataset, Denoiser, Gaussian, Mixture
+from undiffuse.grid import GRIDS, Explicit, Indexed, Karras, UniformLam, UniformT
+from undiffuse.guide import CFG, GUIDES
+from undiffuse.level import Level, from_x0, reverse_transition, to_x0, transition
+from undiffuse.precond import HEADS, X0, EDMPrecond, Eps, FlowVelocity, Index, LogNSR, Score, V
+from undiffuse.sample import Noise, State, sample, trajectory
+from undiffuse.schedule import (
+    EDM,
+    SCHEDULES,
+    VE,
+    VP,
+    Cosine,
+    Discrete,
+    Flow,
+    ScaledLinear,
+    Sigmoid,
+    zero_terminal_snr,
+)
+from undiffuse.solvers import DDIM, DDPM, SOLVERS, Adams, DPMpp2M, Euler, Eval, Heun
+from undiffuse.spectrum import Spectrum
+from undiffuse.tableau import Tableau, trace
+from undiffuse.types import Denoise, InputError
+
+__version__ = "0.1.0"

@@ -1,0 +1,174 @@
+"""Grids: the levels that a sampler visits, noisiest first. A grid is a function (schedule, steps) -> levels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from undiffuse.level import Level
+from undiffuse.schedule import Schedule
+from undiffuse.types import InputError
+
+Levels = tuple[Level, ...]
+Grid = Callable[[Schedule, int], Levels]
+
+
+def check_levels(levels: Sequence[Level]) -> Levels:
+    """The levels as a tuple, or InputError naming the first that no solver could visit.
+
+    Refused: fewer than two levels, negative or non-finite amplitudes, neighbours with the same lam, and clean data
+    (sigma = 0) as a start. Levels may rise again: the way up adds noise (Restart).
+    """
+    levels = tuple(levels)
+    if len(levels) < 2:
+        raise InputError(f"a grid needs at least 2 levels (1 step), got {len(levels)}")
+    for i, level in enumerate(levels):
+        both = torch.stack([level.alpha, level.sigma])
+        if not bool(torch.isfinite(both).all() and (both >= 0).all() and (both.sum(0) > 0).all()):
+            raise InputError(f"level {i} must have finite alpha, sigma >= 0, not both 0; got {level}")
+    if bool((levels[0].sigma == 0).any()):
+        raise InputError("level 0 is clean data (sigma = 0): there is nothing to denoise, start at a noisier level")
+    for i, (now, then) in enumerate(pairwise(levels)):
+        if bool((now.lam == then.lam).any()):
+            raise InputError(f"levels {i} and {i + 1} are the same (lam = {now.lam.tolist()}): drop one of them")
+        if bool((then.lam > now.lam).any() != (then.lam > now.lam).all()):
+            raise InputError(f"levels {i} and {i + 1}: the noise falls for some samples and rises for others")
+    return levels
+
+
+def _steps(steps: int) -> int:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise InputError(f"steps must be a whole number >= 1, got {steps!r}")
+    return steps
+
+
+def _at_times(schedule: Schedule, times: Tensor) -> Levels:
+    """The levels at these times and then clean data, once."""
+    levels = [schedule.level(t) for t in times]
+    if bool(levels[-1].sigma > 0):
+        levels.append(Level.at(math.inf, schedule.space))
+    return tuple(levels)
+
+
+def _between(schedule: Schedule, steps: int, lam_min: float, lam_max: float, curve: Callable[..., Tensor]) -> Levels:
+    """`steps` levels from the schedule's noisiest, along `curve` in lam, then clean data.
+
+    Where the schedule starts at pure noise (lam = -inf) that level comes first and the curve starts at lam_min.
+    """
+    first, last = schedule.level(1.0), schedule.level(0.0)
+    lam_max = min(lam_max, float(last.lam))
+    pure = bool(first.alpha == 0)
+    lams = curve(lam_min, lam_max, steps - 1) if pure else curve(float(first.lam), lam_max, steps)[1:]
+    return (first, *(Level.at(lam, schedule.space) for lam in lams), Level.at(math.inf, schedule.space))
+
+
+@dataclass(frozen=True)
+class UniformT:
+    """Equal steps in time from t = 1 to data; the last step goes to sigma = 0. For `EDM` these are its own levels."""
+
+    def __call__(self, schedule: Schedule, steps: int) -> Levels:
+        ends_clean = bool(schedule.level(0.0).sigma == 0)
+        return _at_times(schedule, torch.linspace(1, 0, _steps(steps) + ends_clean, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class UniformLam:
+    """Equal steps in lam (half the log-SNR) down to lam_max, then one step to clean data; needs lam_min < lam_max.
+
+    lam_min is used only where the schedule starts at pure noise (alpha = 0).
+    """
+
+    lam_min: float = -4.0
+    lam_max: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.lam_min < self.lam_max:
+            raise InputError(f"UniformLam needs lam_min < lam_max, got {self}")
+
+    def __call__(self, schedule: Schedule, steps: int) -> Levels:
+        def curve(lo: float, hi: float, n: int) -> Tensor:
+            return torch.linspace(lo, hi, n, dtype=torch.float64)
+
+        return _between(schedule, _steps(steps), self.lam_min, self.lam_max, curve)
+
+
+@dataclass(frozen=True)
+class Karras:
+    """Levels with (sigma / alpha)^(1 / rho) in equal steps (Karras et al. 2022, equation 5), then clean data.
+
+    sigma_min bounds sigma / alpha below, unless the schedule does; sigma_max is where the curve starts after pure noise
+    (alpha = 0), while other schedules start at their own noisiest level.
+    """
+
+    rho: float = 7.0
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.sigma_min < self.sigma_max and self.rho > 0):
+            raise InputError(f"Karras needs 0 < sigma_min < sigma_max and rho > 0, got {self}")
+
+    def __call__(self, schedule: Schedule, steps: int) -> Levels:
+        def curve(lo: float, hi: float, n: int) -> Tensor:
+            ends = math.exp(-lo / self.rho), math.exp(-hi / self.rho)
+            return -self.rho * torch.linspace(*ends, n, dtype=torch.float64).log()
+
+        return _between(schedule, _steps(steps), -math.log(self.sigma_max), -math.log(self.sigma_min), curve)
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """Steps over the integers 0 ... T - 1 of a trained table, spaced the way the field names it, then clean data.
+
+    `trailing` starts at T - 1; `leading` takes every (T // steps)-th from `offset`; `linspace` spans both ends
+    (Lin et al. 2024, table 2). Needs steps <= T.
+    """
+
+    spacing: Literal["trailing", "leading", "linspace"] = "trailing"
+    T: int = 1000
+    offset: int = 0
+
+    def indices(self, steps: int) -> list[int]:
+        """The integers visited, noisiest first."""
+        if _steps(steps) > self.T:
+            raise InputError(f"{self.spacing} spacing has {self.T} levels; got steps = {steps}")
+        if self.spacing == "trailing":
+            index = [round(self.T - i * self.T / steps) - 1 for i in range(steps)]
+        elif self.spacing == "leading":
+            index = [i * (self.T // steps) + self.offset for i in reversed(range(steps))]
+        else:
+            index = [round(i) for i in torch.linspace(self.T - 1, 0, steps, dtype=torch.float64).tolist()]
+        if not 0 <= index[-1] <= index[0] < self.T:
+            raise InputError(f"offset {self.offset} leaves the table 0 ... {self.T - 1}")
+        return index
+
+    def __call__(self, schedule: Schedule, steps: int) -> Levels:
+        times = torch.tensor([(i + 1) / self.T for i in self.indices(steps)], dtype=torch.float64)
+        return _at_times(schedule, times)
+
+
+@dataclass(frozen=True)
+class Explicit:
+    """The levels at given values of lam (inf is clean data, -inf pure noise); `steps` must be their number less 1."""
+
+    lams: tuple[float, ...]
+
+    def __call__(self, schedule: Schedule, steps: int) -> Levels:
+        if _steps(steps) != len(self.lams) - 1:
+            raise InputError(f"this grid has {len(self.lams)} levels, i.e. {len(self.lams) - 1} steps; got {steps}")
+        return check_levels([Level.at(lam, schedule.space) for lam in self.lams])
+
+
+GRIDS: dict[str, Callable[..., Grid]] = {
+    "uniform-t": UniformT,
+    "uniform-lam": UniformLam,
+    "karras": Karras,
+    "indexed": Indexed,
+    "explicit": Explicit,
+}

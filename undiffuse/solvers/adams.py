@@ -1,0 +1,105 @@
+"""Exponential Adams methods in lam on x0, of any order, with corrector and noise.
+
+The multistep family behind DPM-Solver++ (arXiv 2211.01095), UniPC (2302.04867) and SA-Solver (2309.05019), with the
+weights computed instead of expanded by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from undiffuse.level import Level
+from undiffuse.solvers.base import Eval
+from undiffuse.types import Denoise, InputError, Noise
+
+
+def moments(z: Tensor, count: int) -> Tensor:
+    """J_p = z int_0^1 e^(-z (1 - s)) s^p ds for p = 0 ... count - 1, stacked last: a series at small z, else the
+    recurrence J_p = 1 - p J_(p-1) / z."""
+    small, out = z < 1, [-torch.expm1(-z)]
+    for p in range(1, count):
+        zs = torch.where(small, z, 0.0)
+        term = total = zs / (p + 1)
+        for j in range(1, 18):
+            term = -term * zs / (p + 1 + j)
+            total = total + term
+        out.append(torch.where(small, total, 1 - p * out[-1] / z))
+    return torch.stack(out, -1)
+
+
+def weights(nodes: list[Tensor], h: Tensor, kappa: float) -> Tensor:
+    """Weights w_j of the nodes (offsets in lam from the step's start), stacked last, such that sum_j w_j D(node_j) =
+    kappa int_0^h e^(-kappa (h - u)) D(u) du for every polynomial D of lower degree than there are nodes."""
+    if len(nodes) == 1:  # also where h is infinite
+        return -torch.expm1(-kappa * h)[..., None]
+    powers = torch.arange(len(nodes), dtype=torch.float64)[:, None]
+    vandermonde = torch.stack([n / h for n in nodes], -1)[..., None, :].pow(powers)
+    w: Tensor = torch.linalg.solve(vandermonde, moments(kappa * h, len(nodes)))
+    return w
+
+
+@dataclass(frozen=True)
+class Adams:
+    """x_then = sigma'/sigma e^(-eta^2 h) x + alpha' kappa int_0^h e^(-kappa (h-u)) D(u) du + noise, kappa = 1 + eta^2.
+
+    D(u) interpolates the newest `order` evaluations in lam; the noise has std sigma' sqrt(1 - e^(-2 eta^2 h)). With
+    `corrector` each step is redone once the evaluation at its end is known, at no further cost. One evaluation a step.
+    A step has order `order`, one more with corrector, once enough evaluations lie behind it; the first step of a run
+    has only one, which limits the global order to 2, or 3 with corrector. With eta > 0 the noise limits it to 1. Needs
+    1 <= order <= 6 and 0 <= eta <= 1 (0 probability-flow ODE, 1 reverse SDE).
+    """
+
+    max_order: ClassVar[int] = 6
+    calls: ClassVar[int] = 1
+    order: int = 2
+    eta: float = 0.0
+    corrector: bool = False
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.order, int) and 1 <= self.order <= self.max_order):
+            raise InputError(f"Adams needs 1 <= order <= {self.max_order}, got {self.order}")
+        if not 0 <= self.eta <= 1:
+            raise InputError(f"Adams needs 0 <= eta <= 1 (0 ODE, 1 SDE), got {self.eta}")
+
+    @property
+    def global_order(self) -> int:
+        return min(self.order, 2) + self.corrector if self.eta == 0 else 1
+
+    @property
+    def history(self) -> int:
+        return self.order
+
+    def step(
+        self, denoise: Denoise, x: Tensor, now: Level, then: Level, past: Sequence[Eval], noise: Noise
+    ) -> tuple[Tensor, Eval]:
+        kappa, x0 = 1 + self.eta**2, denoise(x, now)
+        if self.corrector and past and torch.isfinite(past[0].level.lam).all():
+            start, known = past[0].level, list(past[: self.order])
+            new = Eval(now, x, x0)
+            x = x + now.alpha * (self._sum([new, *known], start, now, kappa) - self._sum(known, start, now, kappa))
+        evals = [Eval(now, x, x0), *past][: self.order]
+        decay, h = then.sigma / now.sigma, then.lam - now.lam
+        if self.eta:
+            decay = decay * torch.exp(-(self.eta**2) * h)
+        x_then = decay * x + then.alpha * self._sum(evals, now, then, kappa)
+        if self.eta and (then.sigma > 0).all():
+            x_then = x_then + then.sigma * (-torch.expm1(-2 * self.eta**2 * h)).sqrt() * noise()
+        return x_then, evals[0]
+
+    @staticmethod
+    def _sum(evals: list[Eval], start: Level, end: Level, kappa: float) -> Tensor:
+        h = end.lam - start.lam
+        if math.isinf(h.max()):
+            evals = evals[:1]
+        evals = [e for e in evals if torch.isfinite(e.level.lam).all() or len(evals) == 1]
+        w = weights([e.level.lam - start.lam for e in evals], h, kappa)
+        total = w[..., 0] * evals[0].x0
+        for j, e in enumerate(evals[1:], 1):
+            total = total + w[..., j] * e.x0
+        return total

@@ -1,0 +1,42 @@
+"""What every solver is: a frozen dataclass of hyperparameters with one pure function, `step`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from undiffuse.level import Level
+from undiffuse.types import Denoise, Noise
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Eval:
+    """One evaluation of the denoiser: x0 = E[x0 | x] at a level."""
+
+    level: Level
+    x: Tensor
+    x0: Tensor
+
+
+class Solver(Protocol):
+    """Maps x at level `now` to x at level `then`.
+
+    `global_order`: order of convergence on the probability-flow solution (1 for stochastic settings); `calls`: denoiser
+    evaluations a step; `history`: how many past evaluations it reads.
+    """
+
+    @property
+    def global_order(self) -> int: ...
+    @property
+    def calls(self) -> int: ...
+    @property
+    def history(self) -> int: ...
+
+    def step(
+        self, denoise: Denoise, x: Tensor, now: Level, then: Level, past: Sequence[Eval], noise: Noise
+    ) -> tuple[Tensor, Eval]:
+        """x at `then`, and the evaluation made at `now`; `past` has the earlier ones, newest first."""
+        ...

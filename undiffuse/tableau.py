@@ -1,0 +1,228 @@
+"""Tableaux: a solver on a grid as a table of float64 coefficients, traced from the solver's own code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from undiffuse.grid import check_levels
+from undiffuse.level import Level
+from undiffuse.sample import trajectory
+from undiffuse.solvers import Solver
+from undiffuse.types import Denoise, InputError, Noise
+
+FORMAT = "undiffuse-tableau-1"
+
+
+class Moments(NamedTuple):
+    """Mean and variance per mode."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class _Row(NamedTuple):
+    """A row as c * previous point + sum of coefficients * columns."""
+
+    keep: float
+    terms: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, eq=False)
+class Tableau:
+    """n evaluations and m noise draws as coefficients over (x_start, x0_1 ... x0_n, z_1 ... z_m).
+
+    `alpha`, `sigma` (n,): the levels of the evaluations; `points` (n, 1 + n + m): where they are made, lower
+    triangular; `out` (1 + n + m): the result; `start`, `end`: (alpha, sigma) of the first and last level. `name` is a
+    label. Raises InputError if the parts do not fit.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    points: Tensor
+    out: Tensor
+    start: Tensor
+    end: Tensor
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        n, width = self.points.shape if self.points.ndim == 2 else (0, 0)
+        ok = n >= 1 and self.alpha.shape == self.sigma.shape == (n,) and self.out.shape == (width,) and width > n
+        if not (ok and self.start.shape == self.end.shape == (2,)):
+            raise InputError(
+                f"a tableau of points {tuple(self.points.shape)} and out {tuple(self.out.shape)} is broken"
+            )
+        if bool(self.points[:, 1 : 1 + n].triu().any()):
+            raise InputError("a tableau's evaluations may only use earlier ones: points must be lower triangular")
+        if not bool(torch.isfinite(self.points).all() and torch.isfinite(self.out).all()):
+            raise InputError("a tableau's coefficients must be finite")
+
+    @property
+    def nfe(self) -> int:
+        """Denoiser evaluations."""
+        return len(self.alpha)
+
+    @property
+    def draws(self) -> int:
+        """Noise draws."""
+        return len(self.out) - 1 - self.nfe
+
+    @cached_property
+    def levels(self) -> list[Level]:
+        """The levels of the evaluations."""
+        return [Level(a, s) for a, s in zip(self.alpha, self.sigma, strict=True)]
+
+    @cached_property
+    def _plan(self) -> tuple[list[_Row], list[list[int]]]:
+        """Short rows, and the columns that can be forgotten after each."""
+        rows = [*self.points, self.out]
+        plan, before = [], torch.zeros_like(self.out)
+        for row in rows:
+            keep = float(row[0] / before[0]) if before[0] != 0 else 0.0
+            rest = row - keep * before
+            rest[rest.abs() <= 1e-13 * (row.abs() + (keep * before).abs())] = 0
+            if keep == 0 or int((rest != 0).sum()) >= int((row != 0).sum()):
+                keep, rest = 0.0, row
+            plan.append(_Row(keep, [(int(j), float(rest[j])) for j in rest.nonzero()[:, 0]]))
+            before = row
+        last = {j: i for i, row in enumerate(plan) for j, _ in row.terms}
+        return plan, [[j for j in last if last[j] == i] for i in range(len(plan))]
+
+    def run(self, denoise: Denoise, x: Tensor, noise: Noise | None = None) -> Tensor:
+        """The result from x at the start level, equal to the driver's to rounding.
+
+        Each point is one in-place combination of the point before it, the newest predictions and noise; predictions
+        are forgotten after their last use. Raises InputError if noise is needed and not given.
+        """
+        n, (plan, done) = self.nfe, self._plan
+        if self.draws and noise is None:
+            raise InputError(f"this tableau draws noise {self.draws} times: pass noise=Noise(x.shape, seed=...)")
+        known: dict[int, Tensor] = {0: x}
+        point, drawn = x, 1 + n
+        for i, row in enumerate(plan):
+            fresh = point * row.keep if row.keep else None
+            for j, c in row.terms:
+                while j >= drawn and noise is not None:  # in the order in which the driver draws
+                    known[drawn] = noise()
+                    drawn += 1
+                fresh = known[j] * c if fresh is None else fresh.add_(known[j], alpha=c)
+            point = torch.zeros_like(x) if fresh is None else fresh
+            for j in done[i]:
+                known.pop(j, None)
+            if i < n:
+                known[1 + i] = denoise(point, self.levels[i])
+        return point
+
+    def gaussian(self, variances: Tensor, means: Tensor | None = None, exact_start: bool = False) -> Moments:
+        """Exact output mean and variance per mode for Gaussian data with these variances (k,) and means (default 0).
+
+        The denoiser is the exact one; x starts at N(0, sigma^2) as samplers do, or at the data's true marginal with
+        `exact_start`. No network and no sampling.
+
+        >>> from undiffuse import DDIM, VP, UniformT, trace
+        >>> round(float(trace(DDIM(), UniformT()(VP(), 1000)).gaussian(torch.tensor([0.25])).variance), 3)
+        0.248
+        """
+        variances = torch.as_tensor(variances, dtype=torch.float64).reshape(-1)
+        means = torch.as_tensor(0.0 if means is None else means, dtype=torch.float64).expand(variances.shape)
+        n, eye = self.nfe, torch.eye(self.nfe, dtype=torch.float64)
+        mean, var = [], []
+        for v, m in zip(variances, means, strict=True):
+            gain = self.alpha * v / (self.alpha**2 * v + self.sigma**2)
+            # x0 = gain x + shift at every point; solve the triangular system for the effect of each x0 on the output
+            lower = eye - self.points[:, 1 : 1 + n] * gain
+            effect = torch.linalg.solve_triangular(lower.T, (self.out[1 : 1 + n] * gain)[:, None], upper=True)[:, 0]
+            row = torch.cat([self.out[:1], self.out[1 + n :]]) + effect @ torch.cat(
+                [self.points[:, :1], self.points[:, 1 + n :]], 1
+            )
+            shift = (1 - gain * self.alpha) * m
+            prior = self.start[1] ** 2 + (self.start[0] ** 2 * v if exact_start else 0)
+            offset = self.out[1 : 1 + n] @ shift + effect @ (self.points[:, 1 : 1 + n] @ shift)
+            mean.append(offset + (row[0] * self.start[0] * m if exact_start else 0))
+            var.append(row[0] ** 2 * prior + (row[1:] ** 2).sum())
+        return Moments(torch.stack(mean), torch.stack(var))
+
+    def show(self, digits: int = 4) -> str:
+        """The table as text: one line an evaluation, with its level and its non-zero coefficients."""
+        n = self.nfe
+        names = ["x", *(f"D{i + 1}" for i in range(n)), *(f"z{i + 1}" for i in range(self.draws))]
+        lines = [f"{self.name or 'tableau'}: {n} evaluations, {self.draws} noise draws"]
+        for i, row in enumerate([*self.points, self.out]):
+            terms = [f"{float(row[int(j)]):+.{digits}f} {names[int(j)]}" for j in row.nonzero()[:, 0]]
+            lam = f"lam {float(self.levels[i].lam):+.3f}" if i < n else "result"
+            lines.append(f"{f'D{i + 1} at' if i < n else 'x_end':>7} {lam:>12} : {' '.join(terms) or '0'}")
+        return "\n".join(lines)
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors with a JSON header; exact."""
+        from safetensors.torch import save_file
+
+        names = ("alpha", "sigma", "points", "out", "start", "end")
+        header = {"undiffuse": json.dumps({"format": FORMAT, "name": self.name})}
+        save_file({k: getattr(self, k).contiguous() for k in names}, path, metadata=header)
+
+    @staticmethod
+    def load(path: str | Path) -> Tableau:
+        """Read what `save` wrote; raises InputError for any other or a damaged file."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as f:
+                header = json.loads((f.metadata() or {})["undiffuse"])
+                parts = {k: f.get_tensor(k).double() for k in ("alpha", "sigma", "points", "out", "start", "end")}
+            if header["format"] != FORMAT:
+                raise KeyError(header["format"])
+            return Tableau(**parts, name=str(header["name"]))
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+            raise InputError(f"{path} is not a readable tableau ({FORMAT}): {error}") from error
+
+
+def trace(solver: Solver, levels: Sequence[Level], name: str = "") -> Tableau:
+    """The tableau of a solver on a grid: its `step` is run on basis vectors, so the table is the code.
+
+    Raises InputError for solvers that depend on the data (learned variance) and for levels per sample.
+
+    >>> from undiffuse import DDIM, VP, UniformT
+    >>> print(trace(DDIM(), UniformT()(VP(), 1)).show())
+    tableau: 1 evaluations, 0 noise draws
+      D1 at   lam -5.025 : +1.0000 x
+      x_end       result : +1.0000 D1
+    """
+    levels = check_levels(levels)
+    if any(level.alpha.ndim for level in levels):
+        raise InputError("a tableau has one grid for all samples: levels must be 0-dim")
+    width, n, m = 0, 0, 0  # a first pass counts, the second records
+    for _ in range(2):
+        basis = torch.eye(width, dtype=torch.float64) if width else torch.zeros(1, 1, dtype=torch.float64)
+        asked: list[tuple[Level, Tensor]] = []
+        drawn: list[int] = []
+
+        def denoise(x: Tensor, level: Level, /, asked=asked, basis=basis, width=width) -> Tensor:  # type: ignore[no-untyped-def]
+            asked.append((level, x))
+            return basis[len(asked)] if width else x * 0  # type: ignore[no-any-return]
+
+        def noise(drawn=drawn, basis=basis, n=n, width=width) -> Tensor:  # type: ignore[no-untyped-def]
+            drawn.append(1)
+            return basis[n + len(drawn)] if width else basis[0] * 0  # type: ignore[no-any-return]
+
+        x = basis[0]
+        for state in trajectory(denoise, x, levels, solver, noise):
+            x = state.x
+        n, m = len(asked), len(drawn)
+        width = 1 + n + m
+    return Tableau(
+        torch.stack([level.alpha for level, _ in asked]),
+        torch.stack([level.sigma for level, _ in asked]),
+        torch.stack([point for _, point in asked]),
+        x,
+        torch.stack([levels[0].alpha, levels[0].sigma]),
+        torch.stack([levels[-1].alpha, levels[-1].sigma]),
+        name,
+    )
