@@ -33,8 +33,8 @@ class Denoiser(nn.Module):
         super().__init__()
         self.net, self.head, self.learned_variance = net, head, learned_variance
 
-    def _answer(self, x: Tensor, level: Level, cond: Any) -> Tensor:
-        """The network's raw answer F at x."""
+    def answer(self, x: Tensor, level: Level, cond: Any) -> Tensor:
+        """The network's own answer F at x."""
         if self.head.needs_alpha and level.alpha.ndim == 0 and level.alpha == 0:
             name = type(self.head).__name__
             raise InputError(
@@ -50,7 +50,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, level: Level, cond: Any = None) -> Tensor:
         """E[x0 | x] in the dtype of x."""
-        answer = self._answer(x, level, cond)
+        answer = self.answer(x, level, cond)
         if self.learned_variance:
             answer = answer.chunk(2, 1)[0]
         return self._x0(answer, x, level)
@@ -64,7 +64,7 @@ class Denoiser(nn.Module):
         network's second half (Nichol and Dhariwal 2021, equation 15). InputError without `learned_variance`."""
         if not self.learned_variance:
             raise InputError("this network predicts no variance: use DDPM(variance='small') or 'large'")
-        mean, v = self._answer(x, now, cond).chunk(2, 1)
+        mean, v = self.answer(x, now, cond).chunk(2, 1)
         (small, large), fraction = reverse_bounds(now, then), (v.to(x.dtype) + 1) / 2
         return self._x0(mean, x, now), large**fraction * small ** (1 - fraction)
 

@@ -138,10 +138,13 @@ class EDMPrecond:
         return self.clock(lv)
 
 
-def target(head: Precond, x0: Tensor, x: Tensor, level: Level) -> Tensor:
-    """F* = (x0 - c_skip x) / c_out: what the network should answer, for any head; needs sigma > 0."""
+def target(head: Precond, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
+    """F* = (x0 - c_skip x) / c_out: what the network should answer, for any head; needs sigma > 0.
+
+    Written in x0 and eps, so that nothing cancels in the precision of the data.
+    """
     skip, out = head.skip_out(level)
-    return ((x0 - skip * x) / out).to(x0.dtype)
+    return ((1 - skip * level.alpha) / out * x0 - skip * level.sigma / out * eps).to(x0.dtype)
 
 
 def loss_weight(head: Precond, level: Level, x0_weight: Tensor) -> Tensor:

@@ -38,6 +38,14 @@ def _mix(seed: int) -> int:
     return z ^ (z >> 31)
 
 
+def seed_of(*parts: int) -> int:
+    """A 63-bit seed from whole numbers: the same numbers, the same seed; others, an unrelated one."""
+    value = 0
+    for part in parts:
+        value = _mix(value ^ (part % 2**64))
+    return value >> 1
+
+
 class Noise:
     """Standard normal draws in which sample k depends on (seed, k) alone: not on batch size, order or device.
 

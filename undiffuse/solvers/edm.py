@@ -48,7 +48,7 @@ class Euler:
         inside = (now.sigma >= self.s_min * now.alpha) & (now.sigma <= self.s_max * now.alpha)
         if not inside.any():
             return x, now
-        gamma = self.gamma * inside
+        gamma = self.gamma * inside.double()
         z = self.s_noise * noise()
         return x + now.sigma * (gamma * (2 + gamma)).sqrt() * z, Level(now.alpha, now.sigma * (1 + gamma))
 

@@ -1,0 +1,325 @@
+"""The command line: demo, train, sample, info. Exit codes: 0 done, 1 failed check, 2 bad input, 75 try again."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import undiffuse
+from undiffuse import demo as demo_module
+from undiffuse import plot
+from undiffuse.config import DEFAULTS, KINDS, Config, fields, parse_overrides
+from undiffuse.denoise import Counter
+from undiffuse.fit import fit
+from undiffuse.model import Model
+from undiffuse.sample import sample as draw
+from undiffuse.train import NonFinite, TrainState
+from undiffuse.types import InputError
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Train, sample and inspect diffusion models. Settings are key=value words, e.g. net.width=96 solver=ddim.",
+)
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings as key=value; see `undiffuse info config`")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved configuration and stop")]
+console, notes = Console(highlight=False), Console(stderr=True)
+
+
+@contextmanager
+def _bar(quiet: bool, total: int, what: str) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar with time left; the function moves it to a step and shows a note."""
+    if quiet:
+        yield lambda step, note: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=notes) as progress:
+        task = progress.add_task(what, total=total, note="")
+        yield lambda step, note: progress.update(task, completed=step, note=note)
+
+
+def _trainer(move: Callable[[int, str], None]) -> Callable[[TrainState, int], None]:
+    smooth: list[float] = []
+
+    def on_step(state: TrainState, steps: int) -> None:
+        smooth.append(state.loss)
+        del smooth[:-50]
+        move(state.step, f"loss {sum(smooth) / len(smooth):.4f}")
+
+    return on_step
+
+
+def _say(as_json: bool, data: dict[str, Any], text: str) -> None:
+    if as_json:
+        print(json.dumps(data))
+    else:
+        console.print(text, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="the run folder; an earlier demo in it is replaced")] = Path("runs/demo"),
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train on 1,000 real digits, sample, measure, and write samples.png, denoising.gif and report.html."""
+    layer = parse_overrides(overrides or [])
+    config = Config.resolve(demo_module.PRESET, layer, {"out": str(out)})
+    if dry_run:
+        return _dry(config, as_json)
+    stages = 3 + len(demo_module.SOLVERS) * len(demo_module.STEPS)
+    if not as_json:
+        console.print("Training a class-conditional U-Net on real handwritten digits (scikit-learn, 8x8 pixels)")
+    with _bar(as_json, config.section("train").steps, "training") as move:
+        on_step = _trainer(move)
+        started = time.perf_counter()
+        demo_module.clear(out)
+        fitted = fit(config, on_step)
+        seconds = time.perf_counter() - started
+    with _bar(as_json, stages, "measuring") as move:
+        seen: list[str] = []
+
+        def on_stage(name: str) -> None:
+            move(len(seen), name)
+            seen.append(name)
+
+        result = demo_module.report(fitted, out, seconds, on_stage)
+        move(stages, "done")
+    if as_json:
+        print(json.dumps(result.json()))
+    else:
+        _show(result)
+
+
+def _show(result: demo_module.Result) -> None:
+    table = Table(title="Squared error of x0 on held-out digits", title_justify="left")
+    for name in ("lam", "network", "best linear denoiser", "ratio"):
+        table.add_column(name, justify="right")
+    for r in result.levels:
+        table.add_row(f"{r['lam']:+.0f}", f"{r['mse']:.4f}", f"{r['linear']:.4f}", f"{r['mse'] / r['linear']:.2f}")
+    console.print(table)
+    table = Table(title="Frechet / 1000 x kernel distance to held-out digits (pixels, w = 1)", title_justify="left")
+    table.add_column("solver")
+    for n in demo_module.STEPS:
+        table.add_column(f"{n} steps", justify="right")
+    for solver, row in result.table.items():
+        table.add_row(solver, *(f"{row[n].frechet:.2f} / {1000 * row[n].kernel:.1f}" for n in demo_module.STEPS))
+    floor = f"{result.floor.frechet:.2f} / {1000 * result.floor.kernel:.1f}"
+    table.add_row("real against real", *[floor] * len(demo_module.STEPS))
+    console.print(table)
+    for w, share in result.recognised.items():
+        console.print(f"{100 * share:.1f} % of {result.samples:,} samples at w = {w:g} are read as their class")
+    console.print(f"{100 * result.reader_accuracy:.1f} % of the real digits that the reader has not seen are")
+    console.print(f"{1000 * result.seconds_per_image:.1f} ms per guided image at 20 steps")
+    console.print(f"{result.train_seconds:.0f} s of training, {result.parameters:,} parameters")
+    console.print(f"Open {(result.folder / 'report.html').resolve()}", soft_wrap=True)
+
+
+def _dry(config: Config, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(config.values))
+    else:
+        print(config.toml(), end="")
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="a TOML file with settings; words win over it")] = None,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train into the run folder `out`, or go on where that run stopped."""
+    layers = [Config.read(config)] if config else []
+    resolved = Config.resolve(*layers, parse_overrides(overrides or []))
+    if dry_run:
+        return _dry(resolved, as_json)
+    started = time.perf_counter()
+    last: list[TrainState] = []
+    with _bar(as_json, resolved.section("train").steps, "training") as move:
+        on_step = _trainer(move)
+
+        def keep(state: TrainState, steps: int) -> None:
+            last[:] = [state]
+            on_step(state, steps)
+
+        model, data, _ = fit(resolved, keep)
+    out, seconds = resolved.values["out"], time.perf_counter() - started
+    facts = {"out": out, "parameters": model.parameters, "samples": len(data), "seconds": round(seconds, 1)}
+    facts["steps_run"] = last[0].step if last else 0
+    text = f"{model.parameters:,} parameters on {len(data):,} samples in {seconds:.0f} s. Next: undiffuse sample {out}"
+    _say(as_json, facts, text if last else f"{out} was finished before. Next: undiffuse sample {out}")
+
+
+@app.command()
+def sample(
+    run: Annotated[str, typer.Argument(help="a run folder")],
+    overrides: Overrides = None,
+    label: Annotated[str | None, typer.Option(help="a class, several as 0,1,2, or `each` for all in turn")] = None,
+    out: Annotated[Path | None, typer.Option(help="a .png (images) or .npy file; default RUN/samples/")] = None,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Sample from a finished run, e.g. `undiffuse sample runs/digits --label each solver=ddim sample.steps=10`."""
+    model = Model.load(run)
+    layer = parse_overrides(overrides or [])
+    allowed = ("sample", "solver", "grid", "guidance", "schedule")
+    for key in layer:
+        if key in DEFAULTS and key not in allowed:
+            raise InputError(f"{key} was fixed when the run was trained; sampling takes {', '.join(allowed)}")
+    config = Config.resolve(model.config.values, layer)
+    if dry_run:
+        return _dry(config, as_json)
+    use = config.section("sample")
+    labels = _labels(label, model, use.n)
+    out = out or Path(run) / "samples" / f"seed{use.seed}-{'any' if label is None else label.replace(',', '_')}.png"
+    if len(model.shape) != 3 and out.suffix == ".png":
+        out = out.with_suffix(".npy")
+    if out.suffix not in (".png", ".npy"):
+        raise InputError(f"samples are written as .png or .npy, got {out.name}")
+    counter, started = Counter(model.denoiser), time.perf_counter()
+    cond = model.cond(labels, use.n)
+    chunks = -(-use.n // use.batch)
+    with _bar(as_json, chunks * use.steps, "sampling") as move:
+        done: list[int] = []
+
+        def on_state(state: Any) -> None:
+            done.append(state.i)
+            move(len(done), f"{state.nfe} evaluations")
+
+        x = draw(
+            counter,
+            (use.n, *model.shape),
+            config.build("schedule"),
+            steps=use.steps,
+            solver=config.build("solver"),
+            grid=config.build("grid"),
+            cond=cond,
+            guidance=1.0 if cond is None else config.build("guidance"),
+            seed=use.seed,
+            batch=use.batch,
+            progress=on_state,
+        )
+    seconds = time.perf_counter() - started
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".png":
+        plot.save_png(x, out, columns=10 if use.n >= 10 else use.n)
+    else:
+        np.save(out, x.numpy())
+    facts = {
+        "file": str(out),
+        "n": use.n,
+        "nfe": counter.calls // chunks,
+        "rows_per_sample": counter.rows / use.n,
+        "seconds": round(seconds, 4),
+        "seconds_per_sample": round(seconds / use.n, 6),
+    }
+    text = f"{out}: {use.n} samples, {facts['nfe']} evaluations, {facts['rows_per_sample']:g} network rows a sample, "
+    _say(as_json, facts, text + f"{1000 * seconds / use.n:.1f} ms a sample")
+
+
+def _labels(label: str | None, model: Model, n: int) -> torch.Tensor | None:
+    if label is None:
+        return None
+    if label == "each":
+        if not model.classes:
+            raise InputError("--label each needs a model with classes; this one was trained without labels")
+        return torch.arange(n) % model.classes
+    try:
+        words = [int(word) for word in label.split(",")]
+    except ValueError as error:
+        raise InputError(f"--label must be whole numbers such as 3 or 0,1,2, or `each`; got {label!r}") from error
+    return torch.tensor(words)[torch.arange(n) % len(words)]
+
+
+@app.command()
+def info(
+    what: Annotated[str | None, typer.Argument(help="a run folder, or `config` for all settings")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what there is: solvers, schedules, heads, grids; all settings; or a run folder."""
+    if what == "config":
+        _dry(Config.resolve(), as_json)
+        if not as_json:
+            print("\n# kinds and their settings")
+            for family, kinds in KINDS.items():
+                for name, kind in kinds.items():
+                    settings = {k: d for k, (_, d) in fields(kind).items()}
+                    shown = ", ".join(f"{k}={'?' if d is ... else d}" for k, d in settings.items())
+                    print(f"# {family}={name}" + (f"  ({shown})" if shown else ""))
+        return
+    if what is not None:
+        model = Model.load(what)
+        facts = {
+            "run": what,
+            "parameters": model.parameters,
+            "classes": model.classes,
+            "shape": list(model.shape),
+            "data_std": round(model.spectrum.std, 4),
+            "steps": model.config.values["train"]["steps"],
+        }
+        return _say(as_json, facts, "\n".join(f"{k:>11}: {v}" for k, v in facts.items()))
+    solvers = {
+        name: {"order": kind().global_order, "calls_per_step": kind().calls, "class": getattr(kind, "__name__", name)}
+        for name, kind in KINDS["solver"].items()
+    }
+    others = {family: sorted(kinds) for family, kinds in KINDS.items() if family != "solver"}
+    if as_json:
+        print(json.dumps({"version": undiffuse.__version__, "torch": torch.__version__, "solver": solvers, **others}))
+        return
+    table = Table(title=f"undiffuse {undiffuse.__version__}, torch {torch.__version__}", title_justify="left")
+    for name in ("solver", "order", "evaluations a step"):
+        table.add_column(name)
+    for name, facts in solvers.items():
+        table.add_row(name, str(facts["order"]), str(facts["calls_per_step"]))
+    console.print(table)
+    for family, names in others.items():
+        console.print(f"{family}: {', '.join(names)}")
+
+
+def main() -> None:
+    """Entry point: user's mistakes become one line and an exit code, never a traceback."""
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        code = _fail(str(error), 2)
+    except click.ClickException as error:
+        code = _fail(error.format_message(), 2)
+    except NonFinite as error:
+        code = _fail(str(error), 1)
+    except (click.Abort, KeyboardInterrupt):
+        code = _fail("interrupted; run the same command again to go on", 130)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            code = _fail(f"the disk is full ({error.filename or 'while writing'}): free space and run it again", 75)
+        else:
+            code = _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code

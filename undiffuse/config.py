@@ -1,0 +1,221 @@
+"""Configuration: one literal table of kinds per family, built from TOML or dicts; errors name the key and the nearest
+valid one."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pydantic
+import tomli_w
+
+from undiffuse.grid import GRIDS
+from undiffuse.guide import GUIDES
+from undiffuse.nets import NETS
+from undiffuse.precond import HEADS
+from undiffuse.schedule import SCHEDULES
+from undiffuse.solvers import SOLVERS
+from undiffuse.train import LEVELS, WEIGHTS, Plan
+from undiffuse.types import InputError
+
+KINDS: dict[str, dict[str, Callable[..., Any]]] = {
+    "schedule": SCHEDULES,
+    "head": HEADS,
+    "net": NETS,
+    "levels": LEVELS,
+    "weight": WEIGHTS,
+    "solver": SOLVERS,
+    "grid": GRIDS,
+    "guidance": GUIDES,
+}
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How many samples, in how many solver steps, from which seed, at most `batch` at once."""
+
+    n: int = 16
+    steps: int = 20
+    seed: int = 0
+    batch: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("n", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"sample.{name} must be >= 1, got {getattr(self, name)}")
+
+
+DEFAULTS: dict[str, Any] = {
+    "data": "digits",
+    "held_out": 797,
+    "seed": 0,
+    "out": "runs/digits",
+    "schedule": {"kind": "vp"},
+    "head": {"kind": "edm"},
+    "net": {"kind": "unet", "width": 64, "mults": [1], "patch": 2},
+    "levels": {"kind": "log-normal"},
+    "weight": {"kind": "edm"},
+    "train": {},
+    "solver": {"kind": "dpmpp-2m"},
+    "grid": {"kind": "uniform-lam"},
+    "guidance": {"kind": "cfg", "w": 2.0},
+    "sample": {},
+}
+SECTIONS: dict[str, Callable[..., Any]] = {"train": Plan, "sample": SampleConfig}
+FROM_DATA = {"channels", "dims", "vector", "learned_variance"}  # set by the data or by the objective
+
+
+def _simple(annotation: Any) -> bool:
+    if get_origin(annotation) in (tuple, list, Sequence) or get_origin(annotation) is Sequence:
+        return all(_simple(a) for a in get_args(annotation) if a is not Ellipsis)
+    return get_origin(annotation) is Literal or annotation in (int, float, bool, str)
+
+
+def fields(kind: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings of a kind that a configuration may give: name -> (type, default or `...` where it must be given)."""
+    parameters = inspect.signature(kind, eval_str=True).parameters.values()
+    return {
+        p.name: (p.annotation, ... if p.default is p.empty else p.default)
+        for p in parameters
+        if _simple(p.annotation) and p.name not in FROM_DATA
+    }
+
+
+def _nearest(word: str, words: Sequence[str], what: str) -> str:
+    near = difflib.get_close_matches(word, words, 1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"{what}: {', '.join(sorted(words)) or 'none'}"
+
+
+def _check(where: str, kind: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given settings of a kind, validated and complete."""
+    known = fields(kind)
+    for key in given:
+        if key in FROM_DATA and key in inspect.signature(kind).parameters:
+            raise InputError(f"{where}.{key} follows from the data and cannot be set")
+        if key not in known:
+            raise InputError(f"unknown key {where}.{key}: {_nearest(key, list(known), f'{where} takes')}")
+    schema: Any = pydantic.create_model("Settings", **known)  # type: ignore[call-overload]
+    try:
+        return dict(schema(**given))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join([where, *(str(part) for part in first["loc"])])
+        raise InputError(f"{key}: {first['msg'].lower()}, got {first.get('input')!r}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Config:
+    """A complete, validated configuration; `values` is nested plain data, `build` makes the objects.
+
+    `given` has the dotted keys that were stated rather than left at their default.
+    """
+
+    values: dict[str, Any]
+    given: frozenset[str] = frozenset()
+
+    @staticmethod
+    def resolve(*layers: Mapping[str, Any]) -> Config:
+        """The defaults under these layers, later ones winning; a string for a family is short for its kind.
+
+        Raises InputError for unknown keys, wrong types and values out of range.
+
+        >>> Config.resolve({"solver": "ddim", "net": {"width": 96}}).values["net"]["width"]
+        96
+        """
+        values, stated = copy.deepcopy(DEFAULTS), set()
+        for layer in layers:
+            for key, value in layer.items():
+                if key not in DEFAULTS:
+                    raise InputError(f"unknown key {key!r}: {_nearest(key, list(DEFAULTS), 'known keys')}")
+                if key in KINDS and isinstance(value, str):
+                    value = {"kind": value}
+                if isinstance(DEFAULTS[key], dict):
+                    if not isinstance(value, Mapping):
+                        raise InputError(f"{key} needs settings such as {key}.NAME=VALUE, got {value!r}")
+                    changed = "kind" in value and value["kind"] != values[key].get("kind")
+                    values[key] = {**({} if changed else values[key]), **value}
+                    stated |= {f"{key}.{name}" for name in value}
+                else:
+                    if type(value) is not type(DEFAULTS[key]):
+                        raise InputError(f"{key} must be a {type(DEFAULTS[key]).__name__}, got {value!r}")
+                    values[key] = value
+        for family, kinds in KINDS.items():
+            given = dict(values[family])
+            kind = given.pop("kind", None)
+            if kind not in kinds:
+                raise InputError(f"unknown {family} {kind!r}: {_nearest(str(kind), list(kinds), 'kinds')}")
+            values[family] = {"kind": kind, **_check(family, kinds[kind], given)}
+        for section, make in SECTIONS.items():
+            values[section] = _check(section, make, values[section])
+        if values["held_out"] < 1:
+            raise InputError(f"held_out must be >= 1 sample, got {values['held_out']}")
+        config = Config(values, frozenset(stated))
+        for family in KINDS.keys() - {"net"}:
+            config.build(family)
+        for section in SECTIONS:
+            config.section(section)
+        return config
+
+    def measured(self, sigma_data: float) -> Config:
+        """The same with the head's sigma_data set to the data's, unless it was stated."""
+        if "sigma_data" not in self.values["head"] or "head.sigma_data" in self.given:
+            return self
+        values = {**self.values, "head": {**self.values["head"], "sigma_data": sigma_data}}
+        return Config(values, self.given)
+
+    def build(self, family: str, **extra: Any) -> Any:
+        """The object of a family, e.g. `build("solver")`; `extra` are settings that follow from the data."""
+        given = dict(self.values[family])
+        return KINDS[family][given.pop("kind")](**given, **extra)
+
+    def section(self, name: str) -> Any:
+        """The `Plan` of "train" or the `SampleConfig` of "sample"."""
+        return SECTIONS[name](**self.values[name])
+
+    def toml(self) -> str:
+        """As TOML, sufficient to rebuild."""
+        plain = {k: v for k, v in self.values.items() if not isinstance(v, dict)}
+        return tomli_w.dumps({**plain, **{k: v for k, v in self.values.items() if isinstance(v, dict)}})
+
+    @staticmethod
+    def read(path: Path) -> dict[str, Any]:
+        """The layer in a TOML file."""
+        try:
+            return tomllib.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise InputError(f"configuration file {path} does not exist") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is not valid TOML: {error}") from error
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """`key=value` words as a layer; dots nest, values are TOML or else strings.
+
+    >>> parse_overrides(["net.width=96", "solver=dpmpp-2m", "net.mults=[1, 2]"])
+    {'net': {'width': 96, 'mults': [1, 2]}, 'solver': {'kind': 'dpmpp-2m'}}
+    """
+    layer: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise InputError(f"{word!r} is not an override: write key=value, such as net.width=96 or solver=ddim")
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *parents, last = key.split(".")
+        if not parents and last in KINDS:
+            parents, last = [last], "kind"
+        place = layer
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise InputError(f"{word!r}: {parent} was given a plain value before")
+        place[last] = value
+    return layer

@@ -1,0 +1,103 @@
+"""`Data`: samples in [-1, 1] with optional labels; the built-in digits, and .npy / .npz files."""
+
+from __future__ import annotations
+
+import difflib
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from undiffuse.types import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """x (n, channels, *size) in float32, images in [-1, 1]; labels (n,) or None; `classes` is their number.
+
+    Raises InputError for fewer than 2 samples, fewer than 3 axes, NaN or infinite values, and labels that do not fit.
+    """
+
+    x: Tensor
+    labels: Tensor | None = None
+    name: str = "data"
+
+    def __post_init__(self) -> None:
+        if self.x.ndim < 3 or self.x.shape[0] < 2:
+            raise InputError(
+                f"{self.name}: samples of shape {tuple(self.x.shape)}; expected (n, channels, side, ...) with n >= 2"
+            )
+        bad = ~torch.isfinite(self.x.flatten(1)).all(1)
+        if bool(bad.any()):
+            first = int(bad.nonzero()[0])
+            raise InputError(f"{self.name}: {int(bad.sum())} samples have NaN or infinite values, the first is {first}")
+        object.__setattr__(self, "x", self.x.float())
+        if self.labels is not None:
+            labels = torch.as_tensor(self.labels)
+            if labels.shape != (len(self.x),) or labels.is_floating_point() or int(labels.min()) < 0:
+                raise InputError(f"{self.name}: labels must be {len(self.x)} whole numbers >= 0")
+            object.__setattr__(self, "labels", labels.long())
+
+    @property
+    def classes(self) -> int:
+        """The number of classes; 0 without labels."""
+        return 0 if self.labels is None else int(self.labels.max()) + 1
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def split(self, held_out: int, seed: int = 0) -> tuple[Data, Data]:
+        """(train, held out): a fixed random split with `held_out` samples in the second part."""
+        if not 0 < held_out < len(self):
+            raise InputError(f"{self.name}: cannot hold out {held_out} of {len(self)} samples")
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(self)))
+        parts = order[held_out:], order[:held_out]
+        labels = (None, None) if self.labels is None else (self.labels[parts[0]], self.labels[parts[1]])
+        names = f"{self.name} (train)", f"{self.name} (held out)"
+        return Data(self.x[parts[0]], labels[0], names[0]), Data(self.x[parts[1]], labels[1], names[1])
+
+
+def _digits() -> Data:
+    """1,797 handwritten digits of 8x8 pixels (Alpaydin and Kaynak 1998, UCI), from the scikit-learn wheel."""
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    return Data(torch.from_numpy(raw.images).float()[:, None] / 8 - 1, torch.from_numpy(raw.target), "digits")
+
+
+BUILT_IN: dict[str, Callable[[], Data]] = {"digits": _digits}
+
+
+def load_data(name: str) -> Data:
+    """A built-in set by name, or an array file: .npy with x, or .npz with `x` and optionally `labels`.
+
+    uint8 is mapped to [-1, 1]; floats are taken as they are. Raises InputError for unknown names and unreadable files.
+
+    >>> load_data("digits").x.shape
+    torch.Size([1797, 1, 8, 8])
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    path = Path(name)
+    if path.suffix not in (".npy", ".npz"):
+        near = difflib.get_close_matches(name, BUILT_IN, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"built in: {', '.join(BUILT_IN)}; or give a .npy or .npz file"
+        raise InputError(f"unknown data set {name!r}: {hint}")
+    if not path.is_file():
+        raise InputError(f"data file {name} does not exist")
+    try:
+        raw = np.load(path, allow_pickle=False)
+        arrays = {"x": raw} if path.suffix == ".npy" else {k: raw[k] for k in raw.files if k in ("x", "labels")}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{name} is not a readable array file (pickled arrays are refused): {error}") from error
+    if "x" not in arrays:
+        raise InputError(f"{name} has no array named 'x' (and optionally 'labels')")
+    x = torch.from_numpy(np.ascontiguousarray(arrays["x"]))
+    if x.dtype == torch.uint8:
+        x = x.float() / 127.5 - 1
+    labels = torch.from_numpy(np.ascontiguousarray(arrays["labels"])) if "labels" in arrays else None
+    return Data(x, labels, path.stem)

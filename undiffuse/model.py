@@ -1,0 +1,149 @@
+"""`Model`: a trained denoiser with all that sampling needs; run folders; `fit`, training by configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from undiffuse.cond import Cond, Label
+from undiffuse.config import Config
+from undiffuse.denoise import Denoiser
+from undiffuse.grid import Grid
+from undiffuse.guide import CFG, Guidance
+from undiffuse.sample import State, sample
+from undiffuse.schedule import Schedule
+from undiffuse.solvers import Solver
+from undiffuse.spectrum import Spectrum
+from undiffuse.train import commit, verify
+from undiffuse.types import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A denoiser (averaged weights, eval mode), the schedule it was trained on, its classes (0: none), the shape of a
+    sample, the data's spectrum and its configuration."""
+
+    denoiser: Denoiser
+    schedule: Schedule
+    classes: int
+    spectrum: Spectrum
+    config: Config
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        return self.spectrum.shape
+
+    @property
+    def parameters(self) -> int:
+        """The number of the network's parameters."""
+        return sum(p.numel() for p in self.denoiser.parameters())
+
+    def cond(self, label: int | Sequence[int] | Tensor | None, n: int) -> Cond | None:
+        """The condition of n samples: one label for all, or n labels; InputError if out of range or not n."""
+        if label is None:
+            return None
+        if not self.classes:
+            raise InputError("this model was trained without labels: leave `label` out")
+        labels = torch.as_tensor(label)
+        labels = labels.expand(n) if labels.ndim == 0 else labels
+        if labels.shape != (n,):
+            raise InputError(f"{len(labels)} labels for {n} samples: give one label, or one a sample")
+        return Label(self.classes)(labels)
+
+    def sample(
+        self,
+        n: int | None = None,
+        label: int | Sequence[int] | Tensor | None = None,
+        *,
+        steps: int | None = None,
+        solver: Solver | None = None,
+        grid: Grid | None = None,
+        guidance: Guidance | float | None = None,
+        schedule: Schedule | None = None,
+        seed: int | None = None,
+        first: int = 0,
+        batch: int | None = None,
+        progress: Callable[[State], None] | None = None,
+    ) -> Tensor:
+        """n samples (n, *shape) in the data's range; what is not given comes from the configuration.
+
+        `label` conditions (None: unconditional, guidance off); see `undiffuse.sample` for the rest.
+        """
+        use = self.config.section("sample")
+        n = use.n if n is None else n
+        cond = self.cond(label, n)
+        if guidance is None:
+            guidance = 1.0 if cond is None else self.config.build("guidance")
+        return sample(
+            self.denoiser,
+            (n, *self.shape),
+            schedule or self.schedule,
+            steps=use.steps if steps is None else steps,
+            solver=solver or self.config.build("solver"),
+            grid=grid or self.config.build("grid"),
+            cond=cond,
+            guidance=guidance,
+            seed=use.seed if seed is None else seed,
+            first=first,
+            batch=batch or use.batch,
+            progress=progress,
+            device=next(self.denoiser.parameters()).device,
+        )
+
+    def bind(self, label: int | Sequence[int] | Tensor | None, n: int, w: float = 1.0) -> Any:
+        """The denoiser for n samples with label and guidance bound: what `trajectory` and `Tableau.run` take."""
+        cond = self.cond(label, n)
+        return CFG(w if cond is not None else 1.0)(self.denoiser, cond)
+
+    def save(self, folder: Path) -> None:
+        """Write a model folder: complete, with hashes, or not at all."""
+
+        def write(aside: Path) -> None:
+            (aside / "config.toml").write_text(self.config.toml())
+            (aside / "model.json").write_text(json.dumps({"classes": self.classes, "shape": self.shape}))
+            weights = {k: v.contiguous() for k, v in self.denoiser.state_dict().items()}
+            save_file(weights, aside / f"ema-{self.config.values['train']['ema_gamma']}.safetensors")
+            self.spectrum.save(aside / "spectrum.safetensors")
+
+        commit(folder, write)
+
+    @staticmethod
+    def load(run: str | Path) -> Model:
+        """The finished model of a run folder, verified against its hashes; InputError says what is wrong with it."""
+        folder = Path(run) / "model"
+        if not Path(run).is_dir():
+            raise InputError(f"run folder {run} does not exist: train one with `undiffuse train out={run}`")
+        if not folder.is_dir():
+            raise InputError(
+                f"{run} has no finished model: run its training command again, it goes on where it stopped"
+            )
+        verify(folder)
+        try:
+            config = Config.resolve(Config.read(folder / "config.toml"))
+            about = json.loads((folder / "model.json").read_text())
+            spectrum = Spectrum.load(folder / "spectrum.safetensors")
+            model = assemble(config, spectrum, int(about["classes"]))
+            (weights,) = folder.glob("ema-*.safetensors")
+            model.denoiser.load_state_dict(load_file(weights))
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{folder} holds a model that does not fit its configuration: {error}") from error
+        model.denoiser.eval().requires_grad_(False)
+        return model
+
+
+def assemble(config: Config, spectrum: Spectrum, classes: int) -> Model:
+    """An untrained model for data of this spectrum (its shape and sigma_data) and number of classes."""
+    channels, *size = spectrum.shape
+    net = config.build("net", channels=channels, dims=len(size), vector=Label(classes).dim)
+    return Model(Denoiser(net, config.build("head")), config.build("schedule"), classes, spectrum, config)

@@ -1,0 +1,13 @@
+"""Networks: net(x, time, cond) -> the shape of x (twice its channels with learned variance)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from undiffuse.nets.unet import UNet
+
+NETS: dict[str, Callable[..., nn.Module]] = {"unet": UNet}
+
+__all__ = ["NETS", "UNet"]

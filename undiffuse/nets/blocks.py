@@ -1,0 +1,120 @@
+"""Building blocks for 1-D, 2-D and 3-D data: residual blocks with adaptive group norm, self-attention, resampling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """The module with all parameters zero: a branch that starts as silence."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group norm with at least 16 channels a group, where they divide evenly (Karras et al. 2024, appendix B)."""
+    groups = max(g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels // g >= 16))
+    return nn.GroupNorm(groups, channels)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions around adaptive group norm: emb scales and shifts (Dhariwal and Nichol 2021, eq. 7)."""
+
+    def __init__(self, dims: int, channels: int, out: int, embedding: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        conv = CONV[dims]
+        self.norm1, self.conv1 = group_norm(channels), conv(channels, out, 3, padding=1)
+        self.modulate = zero(nn.Linear(embedding, 2 * out))
+        self.norm2, self.dropout = group_norm(out), nn.Dropout(dropout)
+        self.conv2 = zero(conv(out, out, 3, padding=1))
+        self.skip = conv(channels, out, 1) if channels != out else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(silu(self.norm1(x)))
+        scale, shift = self.modulate(emb).reshape(*emb.shape[:1], -1, *[1] * (x.ndim - 2)).chunk(2, 1)
+        h = silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
+        out: Tensor = self.skip(x) + self.conv2(self.dropout(h))
+        return out
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions, queries and keys normalised (QK-norm; Dehghani et al. 2023)."""
+
+    def __init__(self, dims: int, channels: int, head_width: int = 32) -> None:
+        super().__init__()
+        self.heads = max(1, channels // head_width)
+        if channels % self.heads:
+            raise ValueError(f"attention needs channels divisible by {self.heads} heads, got {channels}")
+        conv = CONV[dims]
+        self.norm, self.qkv = group_norm(channels), conv(channels, 3 * channels, 1)
+        self.proj = zero(conv(channels, channels, 1))
+        self.q_norm, self.k_norm = nn.RMSNorm(channels // self.heads), nn.RMSNorm(channels // self.heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c = x.shape[:2]
+        qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, -1).transpose(-1, -2)
+        q, k, v = qkv.unbind(1)
+        h = scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        out: Tensor = x + self.proj(h.transpose(-1, -2).reshape(x.shape))
+        return out
+
+
+class Stage(nn.Module):
+    """A residual block, and self-attention after it where asked for."""
+
+    def __init__(self, dims: int, channels: int, out: int, embedding: int, dropout: float, attend: bool) -> None:
+        super().__init__()
+        self.block = ResBlock(dims, channels, out, embedding, dropout)
+        self.attention = Attention(dims, out) if attend else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        out: Tensor = self.attention(self.block(x, emb))
+        return out
+
+
+class Down(nn.Module):
+    """Halves every side by averaging, then a convolution."""
+
+    def __init__(self, dims: int, channels: int) -> None:
+        super().__init__()
+        self.pool, self.conv = POOL[dims](2), CONV[dims](channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        out: Tensor = self.conv(self.pool(x))
+        return out
+
+
+class Up(nn.Module):
+    """Doubles every side by repetition, then a convolution."""
+
+    def __init__(self, dims: int, channels: int) -> None:
+        super().__init__()
+        self.conv = CONV[dims](channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        out: Tensor = self.conv(interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
+
+
+def unshuffle(x: Tensor, patch: int) -> Tensor:
+    """(b, c, n p, ...) -> (b, c p^dims, n, ...): every p-sided patch becomes channels; exact inverse of `shuffle`."""
+    b, c, *size = x.shape
+    dims = len(size)
+    x = x.reshape(b, c, *(n for side in size for n in (side // patch, patch)))
+    order = [0, 1, *range(3, 3 + 2 * dims, 2), *range(2, 2 + 2 * dims, 2)]
+    return x.permute(order).reshape(b, c * patch**dims, *(side // patch for side in size))
+
+
+def shuffle(x: Tensor, patch: int) -> Tensor:
+    """(b, c p^dims, n, ...) -> (b, c, n p, ...)."""
+    b, c, *size = x.shape
+    dims = len(size)
+    x = x.reshape(b, c // patch**dims, *[patch] * dims, *size)
+    order = [0, 1, *(axis for i in range(dims) for axis in (2 + dims + i, 2 + i))]
+    return x.permute(order).reshape(b, c // patch**dims, *(side * patch for side in size))

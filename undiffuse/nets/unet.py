@@ -1,0 +1,121 @@
+"""The U-Net (Ronneberger et al. 2015; Ho et al. 2020; Dhariwal and Nichol 2021) for 1-D, 2-D and 3-D data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, silu
+
+from undiffuse.nets.blocks import CONV, Down, Stage, Up, group_norm, shuffle, unshuffle, zero
+from undiffuse.nets.embed import TimeEmbedding
+from undiffuse.types import InputError
+
+
+class UNet(nn.Module):
+    """Down path, bottleneck with self-attention, up path with skip connections; any size and number of channels.
+
+    x (b, channels, *size) with 1, 2 or 3 sides -> the same shape, or 2 * channels with `learned_variance`. `width`
+    times each of `mults` are the channels of the levels, with `depth` residual blocks each; levels in `attention` (0 is
+    the finest) attend, the bottleneck always does. `patch` > 1 turns patches into channels first (pixel-unshuffle).
+    `vector` is the width of `Cond.vector`, 0 for none. Sizes that the levels do not divide are padded inside and
+    cropped outside. Raises InputError for wrong shapes.
+
+    >>> net = UNet(channels=1, width=32, vector=10)
+    >>> net(torch.zeros(2, 1, 7, 9), torch.zeros(2)).shape
+    torch.Size([2, 1, 7, 9])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        dims: int = 2,
+        width: int = 64,
+        mults: Sequence[int] = (1, 2),
+        depth: int = 1,
+        attention: Sequence[int] = (),
+        patch: int = 1,
+        vector: int = 0,
+        dropout: float = 0.0,
+        learned_variance: bool = False,
+    ) -> None:
+        super().__init__()
+        if dims not in CONV or channels < 1 or depth < 1 or patch < 1 or not mults or min(mults) < 1 or width < 8:
+            raise InputError(
+                f"UNet needs 1, 2 or 3 dims, channels, depth, patch and mults >= 1 and width >= 8; got dims={dims}, "
+                f"channels={channels}, depth={depth}, patch={patch}, mults={tuple(mults)}, width={width}"
+            )
+        if not 0 <= dropout < 1:
+            raise InputError(f"UNet dropout must be in [0, 1), got {dropout}")
+        if any(level not in range(len(mults)) for level in attention):
+            raise InputError(f"UNet attention names levels {tuple(attention)}; there are 0 ... {len(mults) - 1}")
+        self.channels, self.dims, self.patch, self.vector = channels, dims, patch, vector
+        self.multiple = patch * 2 ** (len(mults) - 1)
+        embedding, widths = 4 * width, [width * m for m in mults]
+        self.time = TimeEmbedding(width, embedding)
+        self.cond = nn.Linear(vector, embedding, bias=False) if vector else None
+        inside, conv = channels * patch**dims, CONV[dims]
+
+        def stage(c_in: int, level: int) -> Stage:
+            return Stage(dims, c_in, widths[level], embedding, dropout, level in attention)
+
+        self.stem, c = conv(inside, width, 3, padding=1), width
+        self.down, skips = nn.ModuleList(), [width]
+        for level, w in enumerate(widths):
+            for _ in range(depth):
+                self.down.append(stage(c, level))
+                c = w
+                skips.append(c)
+            if level + 1 < len(widths):
+                self.down.append(Down(dims, c))
+                skips.append(c)
+        self.middle = nn.ModuleList(Stage(dims, c, c, embedding, dropout, attend) for attend in (True, False))
+        self.up = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            for _ in range(depth + 1):
+                self.up.append(stage(c + skips.pop(), level))
+                c = widths[level]
+            if level:
+                self.up.append(Up(dims, c))
+        self.norm = group_norm(c)
+        self.head = zero(conv(c, inside * (1 + learned_variance), 3, padding=1))
+
+    def _embed(self, time: Tensor, cond: Any) -> Tensor:
+        emb: Tensor = self.time(time)
+        if self.cond is not None and cond is not None and cond.vector is not None:
+            if cond.vector.shape != (len(time), self.vector):
+                raise InputError(
+                    f"condition vector of shape {tuple(cond.vector.shape)}: expected ({len(time)}, {self.vector})"
+                )
+            emb = emb + self.cond(cond.vector.to(emb.dtype))
+        elif cond is not None and self.cond is None:
+            raise InputError("this network was built without a condition (vector=0) and was given one")
+        return silu(emb)
+
+    def forward(self, x: Tensor, time: Tensor, cond: Any = None) -> Tensor:
+        """F(x, time): x (b, channels, *size), time (b,), cond with `vector` (b, vector) or None for unconditional."""
+        if x.ndim != 2 + self.dims or x.shape[1] != self.channels:
+            raise InputError(
+                f"this network takes (batch, {self.channels}, {', '.join(['side'] * self.dims)}), got {tuple(x.shape)}"
+            )
+        emb, size = self._embed(time, cond), x.shape[2:]
+        margins = [-side % self.multiple for side in size]
+        if any(margins):  # torch lists the last side first
+            x = pad(x, [m for side in reversed(margins) for m in (side // 2, side - side // 2)], mode="replicate")
+        h = self.stem(unshuffle(x, self.patch) if self.patch > 1 else x)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, emb)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, emb)
+        for layer in self.up:
+            h = layer(h if isinstance(layer, Up) else torch.cat([h, skips.pop()], 1), emb)
+        out: Tensor = self.head(silu(self.norm(h)))
+        if self.patch > 1:
+            out = shuffle(out, self.patch)
+        for axis, (m, side) in enumerate(zip(margins, size, strict=True), 2):
+            out = out.narrow(axis, m // 2, side)
+        return out

@@ -1,0 +1,161 @@
+"""Pictures: grids of samples, the path from noise to data, curves; and the self-contained HTML report."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from undiffuse.types import InputError
+
+INK, PAPER, ACCENT, MUTED = "#1b1f24", "#ffffff", "#c8553d", "#8a8f98"
+PALETTE = ["#c8553d", "#28666e", "#e0a030", "#6a4c93"]
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """(n, 1 or 3, h, w) in [-1, 1] -> (n, h, w) or (n, h, w, 3) bytes; other channel counts show the first."""
+    x = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return x[:, 0].numpy() if x.shape[1] != 3 else x.permute(0, 2, 3, 1).numpy()
+
+
+def tile(x: Tensor, columns: int, scale: int = 6, gap: int = 1, ink_on_paper: bool = False) -> Image.Image:
+    """Samples (n, c, h, w) as one picture, each pixel `scale` wide; raises InputError for data that are no images."""
+    if x.ndim != 4:
+        raise InputError(f"only images (n, channels, height, width) can be drawn, got {tuple(x.shape)}")
+    pixels = to_uint8(-x if ink_on_paper else x)
+    n, h, w = pixels.shape[:3]
+    columns = min(columns, n)
+    rows = math.ceil(n / columns)
+    sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, *pixels.shape[3:]), 255, np.uint8)
+    for i, picture in enumerate(pixels):
+        top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
+        sheet[top : top + h, left : left + w] = picture
+    image = Image.fromarray(sheet)
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def save_png(x: Tensor, path: Path, columns: int = 8, scale: int | None = None) -> None:
+    """Write samples as a PNG; the scale makes small images visible."""
+    tile(x, columns, scale or max(1, 64 // x.shape[-1])).save(path)
+
+
+def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 90, hold: int = 14) -> None:
+    """Write frames as an endless GIF that rests on the last one."""
+    shown = [f.convert("P", palette=Image.Palette.ADAPTIVE) for f in frames]
+    shown[0].save(
+        path,
+        save_all=True,
+        append_images=[*shown[1:], *[shown[-1]] * hold],
+        duration=milliseconds,
+        loop=0,
+        disposal=1,
+    )
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(width, height), dpi=150)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def plot_levels(rows: Sequence[dict[str, float]], path: Path) -> None:
+    """The network's error over noise level as a share of the best linear denoiser's."""
+    figure, axes = _figure(6.4, 3.2)
+    lam = [r["lam"] for r in rows]
+    axes.axhline(1, color=MUTED, linewidth=1, linestyle="--")
+    axes.text(lam[-1], 1.02, "best linear denoiser", color=MUTED, fontsize=9, ha="right")
+    axes.plot(lam, [r["mse"] / r["linear"] for r in rows], color=ACCENT, marker="o", linewidth=2)
+    axes.set_ylim(0, 1.15)
+    axes.set_xlabel("lam = log(alpha / sigma):  noise  →  data", fontsize=9)
+    axes.set_ylabel("squared error, relative", fontsize=9)
+    _save(figure, path)
+
+
+def plot_distances(table: dict[str, dict[int, float]], floor: float, label: str, path: Path) -> None:
+    """Distance over steps for several solvers, with the real-against-real floor."""
+    figure, axes = _figure(6.4, 3.2)
+    for (name, values), color in zip(table.items(), PALETTE, strict=False):
+        axes.plot(list(values), list(values.values()), color=color, marker="o", linewidth=2, label=name)
+    axes.axhline(floor, color=MUTED, linewidth=1, linestyle="--", label="real against real")
+    steps = list(next(iter(table.values())))
+    axes.set_xscale("log")
+    axes.set_xticks(steps, [str(s) for s in steps])
+    axes.minorticks_off()
+    axes.set_yscale("log")
+    axes.set_xlabel("steps", fontsize=9)
+    axes.set_ylabel(label, fontsize=9)
+    axes.legend(frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def data_uri(path: Path) -> str:
+    """A file as a data URI."""
+    kind = {".png": "image/png", ".gif": "image/gif"}[path.suffix]
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def image_uri(image: Image.Image) -> str:
+    """A picture as a data URI."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.55 system-ui, sans-serif; color: #1b1f24; background: #faf9f7; margin: 0; }
+main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .4rem; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .5rem; }
+p { max-width: 44rem; margin: .5rem 0; } .lead { color: #555b64; }
+.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.4rem 0; }
+.card { background: #fff; border: 1px solid #e7e4df; border-radius: .5rem; padding: .8rem 1.1rem; flex: 1 1 9rem; }
+.card b { display: block; font-size: 1.6rem; } .card span { color: #555b64; font-size: .88rem; }
+figure { margin: 1rem 0; } figcaption { color: #555b64; font-size: .9rem; margin-top: .3rem; max-width: 44rem; }
+img { max-width: 100%; height: auto; border-radius: .3rem; } .pixel { image-rendering: pixelated; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .8rem 0; }
+th, td { padding: .3rem .9rem .3rem 0; text-align: right; border-bottom: 1px solid #e7e4df; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { font-weight: 600; color: #555b64; font-size: .88rem; }
+code, pre { font: .88rem/1.5 ui-monospace, monospace; background: #f0eeea; border-radius: .3rem; }
+code { padding: .1rem .3rem; } pre { padding: .8rem 1rem; overflow-x: auto; }
+"""
+
+
+def table_html(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of plain strings."""
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def page(title: str, body: str) -> str:
+    """A complete HTML page without outside resources."""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+        f"<body><main>{body}</main></body></html>"
+    )

@@ -1,0 +1,22 @@
+"""Training: the objective, the loop, the average of the weights, checkpoints."""
+
+from undiffuse.train.bins import LevelBins
+from undiffuse.train.checkpoint import Checkpoints, commit, verify
+from undiffuse.train.ema import EMA
+from undiffuse.train.loop import NonFinite, Plan, TrainState, train
+from undiffuse.train.objective import LEVELS, WEIGHTS, Objective
+
+__all__ = [
+    "EMA",
+    "LEVELS",
+    "WEIGHTS",
+    "Checkpoints",
+    "LevelBins",
+    "NonFinite",
+    "Objective",
+    "Plan",
+    "TrainState",
+    "commit",
+    "train",
+    "verify",
+]

@@ -1,0 +1,115 @@
+"""Checkpoints that are whole or absent: written aside, flushed, hashed, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from undiffuse.types import InputError
+
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"step-(\d+)")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def commit(folder: Path, write: Callable[[Path], None]) -> None:
+    """Make `folder` from what `write(aside)` puts into a folder aside: complete with its manifest, or not at all.
+
+    An older `folder` is replaced only after the new one is durable.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        write(aside)
+        files = sorted(p for p in aside.iterdir() if p.is_file())
+        for path in files:
+            _flush(path)
+        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in files}
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _flush(aside / MANIFEST)
+        _flush(aside)
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+        _flush(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def verify(folder: Path) -> None:
+    """InputError naming the first file of `folder` that is missing or differs from its manifest."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        entries = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()}
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} has no {MANIFEST}: it is not a finished checkpoint or model folder") from error
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder / MANIFEST} is damaged: {error}") from error
+    for name, (size, digest) in entries.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise InputError(f"{path} is missing, though {MANIFEST} lists it")
+        if path.stat().st_size != size:
+            raise InputError(f"{path} is truncated or changed: {path.stat().st_size} bytes, {size} expected")
+        if _hash(path) != digest:
+            raise InputError(f"{path} was changed: its SHA-256 is not the one in {MANIFEST}")
+
+
+class Checkpoints:
+    """The checkpoints step-N in a folder; `latest` is computed from manifests that verify, never from a pointer."""
+
+    def __init__(self, root: Path, keep: int = 2) -> None:
+        self.root, self.keep = root, max(2, keep)
+
+    def steps(self) -> list[int]:
+        """The steps for which there is a folder, oldest first."""
+        if not self.root.is_dir():
+            return []
+        return sorted(int(m[1]) for p in self.root.iterdir() if (m := _STEP.fullmatch(p.name)))
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Commit step-N, then retire all but the newest `keep`."""
+        commit(self.root / f"step-{step}", write)
+        for old in self.steps()[: -self.keep]:
+            with contextlib.suppress(OSError):
+                trash = self.root / f".trash-{old}"
+                (self.root / f"step-{old}").rename(trash)
+                shutil.rmtree(trash)
+
+    def latest(self) -> tuple[Path, list[str]] | None:
+        """The newest checkpoint that verifies, and what was wrong with newer ones; None if there is none."""
+        problems = []
+        for step in reversed(self.steps()):
+            folder = self.root / f"step-{step}"
+            try:
+                verify(folder)
+            except InputError as error:
+                problems.append(str(error))
+                continue
+            return folder, problems
+        if problems:
+            raise InputError("no checkpoint can be read: " + "; ".join(problems))
+        return None
