@@ -6,17 +6,15 @@ import errno
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import numpy as np
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import undiffuse
@@ -39,34 +37,49 @@ app = typer.Typer(
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings as key=value; see `undiffuse info config`")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved configuration and stop")]
+# typer carries its own copy of click in newer versions: take the class from what typer raises
+UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 console, notes = Console(highlight=False), Console(stderr=True)
 
 
-@contextmanager
-def _bar(quiet: bool, total: int, what: str) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar with time left; the function moves it to a step and shows a note."""
-    if quiet:
-        yield lambda step, note: None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=notes) as progress:
-        task = progress.add_task(what, total=total, note="")
-        yield lambda step, note: progress.update(task, completed=step, note=note)
+class Bars:
+    """Progress bars with time left, on stderr; nothing is shown before the first step, nor with `quiet`."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet, self.tasks = quiet, dict[str, TaskID]()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[note]}"),
+        )
+        self.progress = Progress(*columns, console=notes)
+
+    def move(self, what: str, step: int, total: int, note: str = "") -> None:
+        """Set the bar named `what` to `step` of `total`."""
+        if self.quiet:
+            return
+        if what not in self.tasks:
+            self.tasks[what] = self.progress.add_task(what, total=total, note=note)
+            self.progress.start()
+        self.progress.update(self.tasks[what], completed=step, total=total, note=note)
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.tasks:
+            self.progress.stop()
 
 
-def _trainer(move: Callable[[int, str], None]) -> Callable[[TrainState, int], None]:
+def _trainer(bars: Bars) -> Callable[[TrainState, int], None]:
     smooth: list[float] = []
 
     def on_step(state: TrainState, steps: int) -> None:
         smooth.append(state.loss)
         del smooth[:-50]
-        move(state.step, f"loss {sum(smooth) / len(smooth):.4f}")
+        bars.move("training", state.step, steps, f"loss {sum(smooth) / len(smooth):.4f}")
 
     return on_step
 
@@ -86,28 +99,13 @@ def demo(
     dry_run: DryRun = False,
 ) -> None:
     """Train on 1,000 real digits, sample, measure, and write samples.png, denoising.gif and report.html."""
-    layer = parse_overrides(overrides or [])
-    config = Config.resolve(demo_module.PRESET, layer, {"out": str(out)})
+    config = demo_module.configure([parse_overrides(overrides or [])], out)
     if dry_run:
         return _dry(config, as_json)
-    stages = 3 + len(demo_module.SOLVERS) * len(demo_module.STEPS)
     if not as_json:
         console.print("Training a class-conditional U-Net on real handwritten digits (scikit-learn, 8x8 pixels)")
-    with _bar(as_json, config.section("train").steps, "training") as move:
-        on_step = _trainer(move)
-        started = time.perf_counter()
-        demo_module.clear(out)
-        fitted = fit(config, on_step)
-        seconds = time.perf_counter() - started
-    with _bar(as_json, stages, "measuring") as move:
-        seen: list[str] = []
-
-        def on_stage(name: str) -> None:
-            move(len(seen), name)
-            seen.append(name)
-
-        result = demo_module.report(fitted, out, seconds, on_stage)
-        move(stages, "done")
+    with Bars(as_json) as bars:
+        result = demo_module.demo(config, _trainer(bars), lambda i, n, name: bars.move("measuring", i, n, name))
     if as_json:
         print(json.dumps(result.json()))
     else:
@@ -159,8 +157,8 @@ def train(
         return _dry(resolved, as_json)
     started = time.perf_counter()
     last: list[TrainState] = []
-    with _bar(as_json, resolved.section("train").steps, "training") as move:
-        on_step = _trainer(move)
+    with Bars(as_json) as bars:
+        on_step = _trainer(bars)
 
         def keep(state: TrainState, steps: int) -> None:
             last[:] = [state]
@@ -203,12 +201,12 @@ def sample(
     counter, started = Counter(model.denoiser), time.perf_counter()
     cond = model.cond(labels, use.n)
     chunks = -(-use.n // use.batch)
-    with _bar(as_json, chunks * use.steps, "sampling") as move:
+    with Bars(as_json) as bars:
         done: list[int] = []
 
         def on_state(state: Any) -> None:
             done.append(state.i)
-            move(len(done), f"{state.nfe} evaluations")
+            bars.move("sampling", len(done), chunks * use.steps, f"{state.nfe} evaluations")
 
         x = draw(
             counter,
@@ -306,11 +304,11 @@ def main() -> None:
         code = app(standalone_mode=False)
     except InputError as error:
         code = _fail(str(error), 2)
-    except click.ClickException as error:
-        code = _fail(error.format_message(), 2)
+    except UsageError as error:
+        code = _fail(str(error.format_message()), 2)  # type: ignore[attr-defined]
     except NonFinite as error:
         code = _fail(str(error), 1)
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         code = _fail("interrupted; run the same command again to go on", 130)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -102,7 +102,7 @@ def _check(where: str, kind: Callable[..., Any], given: Mapping[str, Any]) -> di
             raise InputError(f"unknown key {where}.{key}: {_nearest(key, list(known), f'{where} takes')}")
     schema: Any = pydantic.create_model("Settings", **known)  # type: ignore[call-overload]
     try:
-        return dict(schema(**given))
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in schema(**given)}
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join([where, *(str(part) for part in first["loc"])])
@@ -171,8 +171,9 @@ class Config:
 
     def build(self, family: str, **extra: Any) -> Any:
         """The object of a family, e.g. `build("solver")`; `extra` are settings that follow from the data."""
-        given = dict(self.values[family])
-        return KINDS[family][given.pop("kind")](**given, **extra)
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in self.values[family].items()}
+        kind: Any = given.pop("kind")
+        return KINDS[family][kind](**given, **extra)
 
     def section(self, name: str) -> Any:
         """The `Plan` of "train" or the `SampleConfig` of "sample"."""

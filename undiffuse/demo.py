@@ -88,7 +88,7 @@ def copy_ratio(x: Tensor, train: Tensor, held_out: Tensor) -> float:
     return float(near[0].median() / near[1].median())
 
 
-def path_frames(model: Model, w: float, steps: int = 40, rows: int = 3, seed: int = 7) -> list[Image.Image]:
+def path_frames(model: Model, w: float, steps: int = 32, rows: int = 3, seed: int = 7) -> list[Image.Image]:
     """Frames from noise to digits: the state x on the left, the prediction E[x0 | x] on the right."""
     labels = torch.arange(10).repeat(rows)
     levels = model.config.build("grid")(model.schedule, steps)
@@ -101,7 +101,7 @@ def path_frames(model: Model, w: float, steps: int = 40, rows: int = 3, seed: in
     font = ImageFont.load_default(size=15)
     pictures = []
     for i, x, x0 in frames:
-        left, right = (plot.tile(part, 10, scale=4) for part in (x, x0))
+        left, right = (plot.tile(part, 10, scale=4, gap=2, smooth=True) for part in (x, x0))
         sheet = Image.new("L", (left.width * 2 + 36, left.height + 40), 255)
         sheet.paste(left, (12, 30))
         sheet.paste(right, (left.width + 24, 30))
@@ -112,33 +112,47 @@ def path_frames(model: Model, w: float, steps: int = 40, rows: int = 3, seed: in
     return pictures
 
 
-def demo(
-    layers: Sequence[dict[str, Any]] = (),
-    out: Path | None = None,
-    on_step: Callable[[TrainState, int], None] | None = None,
-    on_stage: Callable[[str], None] = lambda _: None,
-) -> Result:
-    """Train, sample, measure and report; `layers` override the preset. All lands in `out` (default runs/demo)."""
+def configure(layers: Sequence[dict[str, Any]] = (), out: Path | None = None) -> Config:
+    """The preset under these layers; InputError for other data than the digits."""
     config = Config.resolve(PRESET, *layers, {"out": str(out)} if out else {})
     if config.values["data"] != "digits":
         raise InputError("the demo is about the digits; train on your own data with `undiffuse train data=FILE`")
+    return config
+
+
+def demo(
+    config: Config | None = None,
+    on_step: Callable[[TrainState, int], None] | None = None,
+    on_stage: Callable[[int, int, str], None] = lambda i, n, name: None,
+) -> Result:
+    """Train, sample, measure and report into the run folder `out` (default runs/demo), replacing an earlier demo there.
+
+    `on_step(state, steps)` and `on_stage(i, n, name)` are for progress bars.
+    """
+    config = config or configure()
     folder = Path(config.values["out"])
     clear(folder)
     clock = time.perf_counter()
     fitted = fit(config, on_step)
-    seconds = time.perf_counter() - clock
-    return report(fitted, folder, seconds, on_stage)
+    return report(fitted, folder, time.perf_counter() - clock, on_stage)
 
 
-def report(fitted: Fitted, folder: Path, train_seconds: float, on_stage: Callable[[str], None]) -> Result:
+def report(
+    fitted: Fitted,
+    folder: Path,
+    train_seconds: float,
+    on_stage: Callable[[int, int, str], None] = lambda i, n, name: None,
+) -> Result:
     """Measure a fitted model and write pictures and the report."""
+    stages = 3 + len(SOLVERS) * len(STEPS)
+    done = iter(range(stages))
     model, train, held_out = fitted
     assert held_out.labels is not None
     assert train.labels is not None
     w = float(model.config.values["guidance"]["w"])
-    on_stage("loss per noise level on held-out digits")
+    on_stage(next(done), stages, "loss per noise level on held-out digits")
     levels = loss_by_level(model, held_out, LAMS)
-    on_stage(f"1,000 samples at w = 1 and w = {w:g}")
+    on_stage(next(done), stages, f"1,000 samples at w = 1 and w = {w:g}")
     reader, labels = Reader(held_out), torch.arange(1000) % 10
     samples, clock = {}, time.perf_counter()
     for weight in dict.fromkeys((1.0, w)):
@@ -149,12 +163,12 @@ def report(fitted: Fitted, folder: Path, train_seconds: float, on_stage: Callabl
     table: dict[str, dict[int, Distances]] = {name: {} for name in SOLVERS}
     for name, solver in SOLVERS.items():
         for steps in STEPS:
-            on_stage(f"{len(held_out)} samples with {name}, {steps} steps")
+            on_stage(next(done), stages, f"{len(held_out)} samples with {name}, {steps} steps")
             table[name][steps] = measure(model, held_out, solver, steps)
     floor = distances(train.x[: len(held_out)], held_out.x)
-    on_stage("pictures and report")
+    on_stage(next(done), stages, "pictures and report")
     guided = samples[w]
-    plot.save_png(guided[:100], folder / "samples.png", columns=10, scale=6)
+    plot.save_png(guided[:100], folder / "samples.png", columns=10, smooth=True)
     plot.save_gif(path_frames(model, w), folder / "denoising.gif")
     plot.plot_levels(levels, folder / "levels.png")
     curves = {name: {n: d.frechet for n, d in row.items()} for name, row in table.items()}
@@ -165,13 +179,14 @@ def report(fitted: Fitted, folder: Path, train_seconds: float, on_stage: Callabl
     )  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result.json(), indent=1))
     (folder / "report.html").write_text(_html(result, fitted, guided, w))
+    on_stage(stages, stages, "done")
     return result
 
 
 def _neighbours(x: Tensor, train: Tensor) -> Image.Image:
     """Ten samples above their nearest training digits."""
     nearest = train[torch.cdist(x.flatten(1), train.flatten(1)).argmin(1)]
-    return plot.tile(torch.cat([x, nearest]), len(x), scale=6)
+    return plot.tile(torch.cat([x, nearest]), len(x), scale=8, smooth=True)
 
 
 def _html(result: Result, fitted: Fitted, guided: Tensor, w: float) -> str:
@@ -201,18 +216,19 @@ def _html(result: Result, fitted: Fitted, guided: Tensor, w: float) -> str:
 sampled with classifier-free guidance. {len(held_out)} digits were held out.</p>
 <div class="cards">{"".join(f'<div class="card"><b>{a}</b><span>{b}</span></div>' for a, b in cards)}</div>
 <h2>The path</h2>
-<figure><img class="pixel" src="{plot.data_uri(folder / "denoising.gif")}" alt="Noise turning into digits">
-<figcaption>40 steps of DPM-Solver++(2M), w = {w:g}. Left the state x, right the prediction E[x0 | x] that pulls it.
+<figure><img src="{plot.data_uri(folder / "denoising.gif")}" alt="Noise turning into digits">
+<figcaption>32 steps of DPM-Solver++(2M), w = {w:g}. Left the state x, right the prediction E[x0 | x] that pulls it.
 </figcaption></figure>
 <h2>Samples</h2>
-<figure><img class="pixel" src="{plot.data_uri(folder / "samples.png")}" alt="A hundred generated digits">
-<figcaption>20 steps, w = {w:g}, one class a column; not selected. A support vector machine fitted on the
-{len(held_out)} held-out digits, which the denoiser never saw, reads {recognised}; it reads {100 * result.reader_accuracy:.1f} % of the
-{len(train):,} other real digits.</figcaption></figure>
+<figure><img src="{plot.data_uri(folder / "samples.png")}" alt="A hundred generated digits">
+<figcaption>20 steps, w = {w:g}, one class a column; not selected, 8×8 pixels enlarged. A support vector machine fitted
+on the {len(held_out)} held-out digits, which the denoiser never saw, reads {recognised}; it reads
+{100 * result.reader_accuracy:.1f} % of the {len(train):,} other real digits.</figcaption></figure>
 <h2>Did it copy?</h2>
-<figure><img class="pixel" src="{plot.image_uri(_neighbours(guided[:10], train.x))}" alt="Samples and their neighbours">
+<figure><img src="{plot.image_uri(_neighbours(guided[:10], train.x))}" alt="Samples and their neighbours">
 <figcaption>Ten samples above their nearest training digits. Median distance to the nearest training digit over that to
-the nearest held-out digit, from equally many of each: {result.copies:.2f} (copying pulls it far below 1).</figcaption></figure>
+the nearest held-out digit, from equally many of each: {result.copies:.2f} (copying pulls it far below 1).</figcaption>
+</figure>
 <h2>Error per noise level</h2>
 <p>Squared error of x0 on held-out digits at fixed noise, beside the best linear denoiser, which knows the data's mean
 and covariance only.</p>

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +18,15 @@ Levels = tuple[Level, ...]
 Grid = Callable[[Schedule, int], Levels]
 
 
-def check_levels(levels: Sequence[Level]) -> Levels:
-    """The levels as a tuple, or InputError naming the first that no solver could visit.
+class Checked(NamedTuple):
+    """Levels that a solver can visit, and for each step whether the noise rises."""
+
+    levels: Levels
+    rises: list[bool]
+
+
+def check_levels(levels: Sequence[Level]) -> Checked:
+    """The levels and which steps rise, or InputError naming the first that no solver could visit.
 
     Refused: fewer than two levels, negative or non-finite amplitudes, neighbours with the same lam, and clean data
     (sigma = 0) as a start. Levels may rise again: the way up adds noise (Restart).
@@ -28,18 +34,29 @@ def check_levels(levels: Sequence[Level]) -> Levels:
     levels = tuple(levels)
     if len(levels) < 2:
         raise InputError(f"a grid needs at least 2 levels (1 step), got {len(levels)}")
-    for i, level in enumerate(levels):
-        both = torch.stack([level.alpha, level.sigma])
-        if not bool(torch.isfinite(both).all() and (both >= 0).all() and (both.sum(0) > 0).all()):
-            raise InputError(f"level {i} must have finite alpha, sigma >= 0, not both 0; got {level}")
-    if bool((levels[0].sigma == 0).any()):
+    alpha, sigma, lam = _stacked(levels)
+    sound = torch.isfinite(alpha) & torch.isfinite(sigma) & (alpha >= 0) & (sigma >= 0) & (alpha + sigma > 0)
+    gap = lam[1:] - lam[:-1]
+    if not bool(sound.all()):
+        i = int((~sound).any(1).nonzero()[0])
+        raise InputError(f"level {i} must have finite alpha, sigma >= 0, not both 0; got {levels[i]}")
+    if bool((sigma[0] == 0).any()):
         raise InputError("level 0 is clean data (sigma = 0): there is nothing to denoise, start at a noisier level")
-    for i, (now, then) in enumerate(pairwise(levels)):
-        if bool((now.lam == then.lam).any()):
-            raise InputError(f"levels {i} and {i + 1} are the same (lam = {now.lam.tolist()}): drop one of them")
-        if bool((then.lam > now.lam).any() != (then.lam > now.lam).all()):
-            raise InputError(f"levels {i} and {i + 1}: the noise falls for some samples and rises for others")
-    return levels
+    if not bool(((gap > 0).all(1) | (gap < 0).all(1)).all()):
+        i = int(((gap > 0).all(1) | (gap < 0).all(1)).logical_not().nonzero()[0])
+        if bool((lam[i] == lam[i + 1]).any()):
+            raise InputError(f"levels {i} and {i + 1} are the same (lam = {lam[i].tolist()}): drop one of them")
+        raise InputError(f"levels {i} and {i + 1}: the noise falls for some samples and rises for others")
+    return Checked(levels, (gap < 0)[:, 0].tolist())
+
+
+def _stacked(levels: Levels) -> tuple[Tensor, Tensor, Tensor]:
+    """alpha, sigma and lam of all levels, (levels, 1) or (levels, samples) each; the levels remember their lam."""
+    parts: Any = ([level.alpha for level in levels], [level.sigma for level in levels], [level.lam for level in levels])
+    if len({c.shape for c in parts[0]}) > 1:  # a 0-dim level among levels per sample
+        parts = tuple(list(torch.broadcast_tensors(*part)) for part in parts)  # type: ignore[no-untyped-call]
+    alpha, sigma, lam = (torch.stack(part).reshape(len(levels), -1) for part in parts)
+    return alpha, sigma, lam
 
 
 def _steps(steps: int) -> int:
@@ -162,7 +179,7 @@ class Explicit:
     def __call__(self, schedule: Schedule, steps: int) -> Levels:
         if _steps(steps) != len(self.lams) - 1:
             raise InputError(f"this grid has {len(self.lams)} levels, i.e. {len(self.lams) - 1} steps; got {steps}")
-        return check_levels([Level.at(lam, schedule.space) for lam in self.lams])
+        return check_levels([Level.at(lam, schedule.space) for lam in self.lams]).levels
 
 
 GRIDS: dict[str, Callable[..., Grid]] = {

@@ -27,30 +27,31 @@ def to_uint8(x: Tensor) -> np.ndarray:
     return x[:, 0].numpy() if x.shape[1] != 3 else x.permute(0, 2, 3, 1).numpy()
 
 
-def tile(x: Tensor, columns: int, scale: int = 6, gap: int = 1, ink_on_paper: bool = False) -> Image.Image:
-    """Samples (n, c, h, w) as one picture, each pixel `scale` wide; raises InputError for data that are no images."""
+def tile(x: Tensor, columns: int, scale: int = 6, gap: int = 4, smooth: bool = False) -> Image.Image:
+    """Samples (n, c, h, w) as one picture, enlarged `scale` times by repetition or, if `smooth`, by cubic splines, and
+    `gap` pixels apart; raises InputError for data that are no images."""
     if x.ndim != 4:
         raise InputError(f"only images (n, channels, height, width) can be drawn, got {tuple(x.shape)}")
-    pixels = to_uint8(-x if ink_on_paper else x)
-    n, h, w = pixels.shape[:3]
-    columns = min(columns, n)
-    rows = math.ceil(n / columns)
-    sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, *pixels.shape[3:]), 255, np.uint8)
-    for i, picture in enumerate(pixels):
-        top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
-        sheet[top : top + h, left : left + w] = picture
-    image = Image.fromarray(sheet)
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    pictures = [Image.fromarray(p) for p in to_uint8(x)]
+    how = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    w, h = pictures[0].width * scale, pictures[0].height * scale
+    columns = min(columns, len(pictures))
+    size = columns * (w + gap) + gap, math.ceil(len(pictures) / columns) * (h + gap) + gap
+    sheet = Image.new(pictures[0].mode, size, "white")
+    for i, picture in enumerate(pictures):
+        place = gap + i % columns * (w + gap), gap + i // columns * (h + gap)
+        sheet.paste(picture.resize((w, h), how), place)
+    return sheet
 
 
-def save_png(x: Tensor, path: Path, columns: int = 8, scale: int | None = None) -> None:
-    """Write samples as a PNG; the scale makes small images visible."""
-    tile(x, columns, scale or max(1, 64 // x.shape[-1])).save(path)
+def save_png(x: Tensor, path: Path, columns: int = 8, smooth: bool = False) -> None:
+    """Write samples as a PNG, small images enlarged to about 64 pixels."""
+    tile(x, columns, max(1, 64 // x.shape[-1]), smooth=smooth).save(path)
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 90, hold: int = 14) -> None:
     """Write frames as an endless GIF that rests on the last one."""
-    shown = [f.convert("P", palette=Image.Palette.ADAPTIVE) for f in frames]
+    shown = [f.quantize(16) for f in frames]
     shown[0].save(
         path,
         save_all=True,
@@ -98,6 +99,8 @@ def plot_levels(rows: Sequence[dict[str, float]], path: Path) -> None:
 
 def plot_distances(table: dict[str, dict[int, float]], floor: float, label: str, path: Path) -> None:
     """Distance over steps for several solvers, with the real-against-real floor."""
+    from matplotlib import ticker
+
     figure, axes = _figure(6.4, 3.2)
     for (name, values), color in zip(table.items(), PALETTE, strict=False):
         axes.plot(list(values), list(values.values()), color=color, marker="o", linewidth=2, label=name)
@@ -105,8 +108,10 @@ def plot_distances(table: dict[str, dict[int, float]], floor: float, label: str,
     steps = list(next(iter(table.values())))
     axes.set_xscale("log")
     axes.set_xticks(steps, [str(s) for s in steps])
-    axes.minorticks_off()
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()
     axes.set_xlabel("steps", fontsize=9)
     axes.set_ylabel(label, fontsize=9)
     axes.legend(frameon=False, fontsize=9)
@@ -129,14 +134,14 @@ def image_uri(image: Image.Image) -> str:
 STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.55 system-ui, sans-serif; color: #1b1f24; background: #faf9f7; margin: 0; }
-main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+main { max-width: 46rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .4rem; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .5rem; }
-p { max-width: 44rem; margin: .5rem 0; } .lead { color: #555b64; }
+p { margin: .5rem 0; } .lead { color: #555b64; }
 .cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.4rem 0; }
-.card { background: #fff; border: 1px solid #e7e4df; border-radius: .5rem; padding: .8rem 1.1rem; flex: 1 1 9rem; }
+.card { background: #fff; border: 1px solid #e7e4df; border-radius: .5rem; padding: .8rem 1.1rem; flex: 1 1 8rem; }
 .card b { display: block; font-size: 1.6rem; } .card span { color: #555b64; font-size: .88rem; }
-figure { margin: 1rem 0; } figcaption { color: #555b64; font-size: .9rem; margin-top: .3rem; max-width: 44rem; }
-img { max-width: 100%; height: auto; border-radius: .3rem; } .pixel { image-rendering: pixelated; }
+figure { margin: 1rem 0; } figcaption { color: #555b64; font-size: .9rem; margin-top: .3rem; }
+img { max-width: 100%; height: auto; border-radius: .3rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .8rem 0; }
 th, td { padding: .3rem .9rem .3rem 0; text-align: right; border-bottom: 1px solid #e7e4df; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { font-weight: 600; color: #555b64; font-size: .88rem; }

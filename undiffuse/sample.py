@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +17,7 @@ from undiffuse.types import Denoise, InputError, Model
 from undiffuse.types import Noise as NoiseLike
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class State:
+class State(NamedTuple):
     """After step i (1 ... N): x at `level`, the newest prediction x0, and the denoiser evaluations so far."""
 
     i: int
@@ -118,12 +115,11 @@ def trajectory(
     >>> [state.nfe for state in trajectory(model, torch.ones(4, 1), UniformT()(VP(), 3), DDIM())]
     [1, 2, 3]
     """
-    levels = check_levels(levels)
+    levels, rises = check_levels(levels)
     if not bool(torch.isfinite(x).all()):
         raise InputError("x has NaN or infinite values: check the noise or the picture that sampling starts from")
     count, noise = _Counted(denoise), noise or _no_noise
     past: list[Eval] = []
-    rises = [bool((b.lam < a.lam).any()) for a, b in pairwise(levels)]
     x0, dtype = x, x.dtype
     for i, up in enumerate(rises):
         now, then = levels[i], levels[i + 1]
@@ -171,7 +167,7 @@ def sample(
     """
     solver, grid = solver or DPMpp2M(), grid or UniformLam()
     guide = CFG(float(guidance)) if isinstance(guidance, int | float) else guidance
-    n, levels = shape[0], check_levels(grid(schedule, steps))
+    n, levels = shape[0], check_levels(grid(schedule, steps)).levels
     if n < 1 or (batch is not None and batch < 1):
         raise InputError(f"the number of samples and the batch must be >= 1, got n = {n}, batch = {batch}")
     if cond is not None and len(cond) != n:

@@ -195,7 +195,7 @@ def trace(solver: Solver, levels: Sequence[Level], name: str = "") -> Tableau:
       D1 at   lam -5.025 : +1.0000 x
       x_end       result : +1.0000 D1
     """
-    levels = check_levels(levels)
+    levels = check_levels(levels).levels
     if any(level.alpha.ndim for level in levels):
         raise InputError("a tableau has one grid for all samples: levels must be 0-dim")
     width, n, m = 0, 0, 0  # a first pass counts, the second records

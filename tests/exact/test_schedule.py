@@ -107,7 +107,7 @@ def test_impossible_schedules_are_refused(broken):
 @pytest.mark.parametrize("name", SCHEDULE_CASES)
 def test_grids_visit_falling_levels_from_the_schedules_start_to_clean_data(name, grid, steps):
     schedule = SCHEDULE_CASES[name]
-    levels = check_levels(GRIDS[grid]()(schedule, steps))
+    levels = check_levels(GRIDS[grid]()(schedule, steps)).levels
     assert len(levels) == steps + 1
     assert float(levels[0].alpha) == float(schedule.level(1.0).alpha)
     assert float(levels[0].sigma) == pytest.approx(float(schedule.level(1.0).sigma))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.level import Level
-from undiffuse.solvers.base import Eval
+from undiffuse.solvers.base import Eval, combine
 from undiffuse.types import Denoise, InputError, Noise
 
 
@@ -79,27 +79,26 @@ class Adams:
         self, denoise: Denoise, x: Tensor, now: Level, then: Level, past: Sequence[Eval], noise: Noise
     ) -> tuple[Tensor, Eval]:
         kappa, x0 = 1 + self.eta**2, denoise(x, now)
+        new, one = Eval(now, x, x0), torch.ones_like(now.alpha)
         if self.corrector and past and torch.isfinite(past[0].level.lam).all():
             start, known = past[0].level, list(past[: self.order])
-            new = Eval(now, x, x0)
-            x = x + now.alpha * (self._sum([new, *known], start, now, kappa) - self._sum(known, start, now, kappa))
-        evals = [Eval(now, x, x0), *past][: self.order]
+            better, used = self._terms([new, *known], start, now, kappa), self._terms(known, start, now, kappa)
+            x = combine((one, x), *better, *((-c, x0) for c, x0 in used))
+        evals = [new, *past][: self.order]
         decay, h = then.sigma / now.sigma, then.lam - now.lam
         if self.eta:
             decay = decay * torch.exp(-(self.eta**2) * h)
-        x_then = decay * x + then.alpha * self._sum(evals, now, then, kappa)
+        terms = [(decay, x), *self._terms(evals, now, then, kappa)]
         if self.eta and (then.sigma > 0).all():
-            x_then = x_then + then.sigma * (-torch.expm1(-2 * self.eta**2 * h)).sqrt() * noise()
-        return x_then, evals[0]
+            terms.append((then.sigma * (-torch.expm1(-2 * self.eta**2 * h)).sqrt(), noise()))
+        return combine(*terms), new
 
     @staticmethod
-    def _sum(evals: list[Eval], start: Level, end: Level, kappa: float) -> Tensor:
+    def _terms(evals: list[Eval], start: Level, end: Level, kappa: float) -> list[tuple[Tensor, Tensor]]:
+        """alpha' kappa int_0^h e^(-kappa (h-u)) D(u) du as (coefficient, x0) for each evaluation."""
         h = end.lam - start.lam
         if math.isinf(h.max()):
             evals = evals[:1]
-        evals = [e for e in evals if torch.isfinite(e.level.lam).all() or len(evals) == 1]
+        evals = [e for e in evals if len(evals) == 1 or torch.isfinite(e.level.lam).all()]
         w = weights([e.level.lam - start.lam for e in evals], h, kappa)
-        total = w[..., 0] * evals[0].x0
-        for j, e in enumerate(evals[1:], 1):
-            total = total + w[..., j] * e.x0
-        return total
+        return [(end.alpha * w[..., j], e.x0) for j, e in enumerate(evals)]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -12,13 +11,26 @@ from undiffuse.level import Level
 from undiffuse.types import Denoise, Noise
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Eval:
+class Eval(NamedTuple):
     """One evaluation of the denoiser: x0 = E[x0 | x] at a level."""
 
     level: Level
     x: Tensor
     x0: Tensor
+
+
+def combine(*terms: tuple[Tensor, Tensor]) -> Tensor:
+    """The sum of coefficient * tensor: one pass over memory a term where the coefficients are numbers."""
+    c, x = terms[0]
+    if all(c.ndim == 0 and not c.requires_grad for c, _ in terms):
+        total = x * float(c)
+        for c, x in terms[1:]:
+            total = total.add_(x, alpha=float(c))
+        return total
+    total = c * x
+    for c, x in terms[1:]:
+        total = total + c * x
+    return total
 
 
 class Solver(Protocol):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.level import Level
-from undiffuse.solvers.base import Eval
+from undiffuse.solvers.base import Eval, combine
 from undiffuse.types import Denoise, InputError, Noise
 
 
@@ -36,10 +36,11 @@ class DDIM:
     ) -> tuple[Tensor, Eval]:
         x0 = denoise(x, now)
         if self.eta == 0:  # alpha' - sigma'/sigma alpha = alpha' (1 - e^-h)
-            return then.sigma / now.sigma * x - then.alpha * torch.expm1(now.lam - then.lam) * x0, Eval(now, x, x0)
+            fall = -then.alpha * torch.expm1(now.lam - then.lam)
+            return combine((then.sigma / now.sigma, x), (fall, x0)), Eval(now, x, x0)
         fresh = -(self.eta**2) * torch.expm1(2 * (now.lam - then.lam))
         keep = then.sigma * (1 - fresh).sqrt() / now.sigma
-        mean = keep * x + (then.alpha - keep * now.alpha) * x0
+        terms = [(keep, x), (then.alpha - keep * now.alpha, x0)]
         if (then.sigma > 0).all():
-            mean = mean + then.sigma * fresh.sqrt() * noise()
-        return mean, Eval(now, x, x0)
+            terms.append((then.sigma * fresh.sqrt(), noise()))
+        return combine(*terms), Eval(now, x, x0)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from undiffuse.level import Level, reverse_bounds, reverse_transition
-from undiffuse.solvers.base import Eval
+from undiffuse.solvers.base import Eval, combine
 from undiffuse.types import Denoise, InputError, Noise
 
 
@@ -42,8 +42,10 @@ class DDPM:
             x0 = denoise(x, now)
             if self.variance == "large":
                 std = reverse_bounds(now, then)[1].sqrt()
-        mean = c_x * x + c_x0 * x0
-        return (mean + std * noise() if (then.sigma > 0).all() else mean), Eval(now, x, x0)
+        terms = [(c_x, x), (c_x0, x0)]
+        if (then.sigma > 0).all():
+            terms.append((std, noise()))
+        return combine(*terms), Eval(now, x, x0)
 
 
 def _reverse(denoise: Any, x: Tensor, now: Level, then: Level) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.level import Level
-from undiffuse.solvers.base import Eval
+from undiffuse.solvers.base import Eval, combine
 from undiffuse.types import Denoise, Noise
 
 
@@ -29,9 +29,9 @@ class DPMpp2M:
     def step(
         self, denoise: Denoise, x: Tensor, now: Level, then: Level, past: Sequence[Eval], noise: Noise
     ) -> tuple[Tensor, Eval]:
-        x0, h = denoise(x, now), then.lam - now.lam
-        d = x0
-        if past and (h / (now.lam - past[0].level.lam) > 0).all() and torch.isfinite(h).all():
-            over_2r = h / (now.lam - past[0].level.lam) / 2
-            d = (1 + over_2r) * x0 - over_2r * past[0].x0
-        return then.sigma / now.sigma * x - then.alpha * torch.expm1(-h) * d, Eval(now, x, x0)
+        x0, minus_h, ratio = denoise(x, now), now.lam - then.lam, then.sigma / now.sigma
+        fall = then.alpha * torch.expm1(minus_h)
+        if not past or not then.sigma.all():
+            return combine((ratio, x), (-fall, x0)), Eval(now, x, x0)
+        slope = fall * minus_h / (2 * (past[0].level.lam - now.lam))  # fall / (2 r), 0 after a start at alpha = 0
+        return combine((ratio, x), (-(fall + slope), x0), (slope, past[0].x0)), Eval(now, x, x0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.level import Level
-from undiffuse.solvers.base import Eval
+from undiffuse.solvers.base import Eval, combine
 from undiffuse.types import Denoise, InputError, Noise
 
 
@@ -49,15 +49,16 @@ class Euler:
         if not inside.any():
             return x, now
         gamma = self.gamma * inside.double()
-        z = self.s_noise * noise()
-        return x + now.sigma * (gamma * (2 + gamma)).sqrt() * z, Level(now.alpha, now.sigma * (1 + gamma))
+        std = self.s_noise * now.sigma * (gamma * (2 + gamma)).sqrt()
+        return combine((torch.ones_like(std), x), (std, noise())), Level(now.alpha, now.sigma * (1 + gamma))
 
     def step(
         self, denoise: Denoise, x: Tensor, now: Level, then: Level, past: Sequence[Eval], noise: Noise
     ) -> tuple[Tensor, Eval]:
         x, now = self.churn(x, now, noise)
         x0 = denoise(x, now)
-        return then.sigma / now.sigma * x - then.alpha * torch.expm1(now.lam - then.lam) * x0, Eval(now, x, x0)
+        fall = -then.alpha * torch.expm1(now.lam - then.lam)
+        return combine((then.sigma / now.sigma, x), (fall, x0)), Eval(now, x, x0)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Heun(Euler):
     ) -> tuple[Tensor, Eval]:
         x, now = self.churn(x, now, noise)
         x0, h = denoise(x, now), then.lam - now.lam
-        euler = then.sigma / now.sigma * x - then.alpha * torch.expm1(-h) * x0
+        euler = combine((then.sigma / now.sigma, x), (-then.alpha * torch.expm1(-h), x0))
         if not torch.isfinite(h).all():
             return euler, Eval(now, x, x0)
-        return euler + then.alpha * torch.expm1(h) / 2 * (denoise(euler, then) - x0), Eval(now, x, x0)
+        half = then.alpha * torch.expm1(h) / 2
+        return combine((torch.ones_like(h), euler), (half, denoise(euler, then)), (-half, x0)), Eval(now, x, x0)

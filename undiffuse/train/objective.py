@@ -99,11 +99,10 @@ class Objective:
 
     def check(self, model: Denoiser) -> None:
         """InputError for a head that cannot be trained on these levels."""
-        top = self.levels(torch.ones(1, dtype=torch.float64) - 1e-12, self.schedule)
-        if model.head.needs_alpha and bool((top.alpha < 1e-6).any()):
+        if model.head.needs_alpha and bool(self.schedule.level(1.0).alpha == 0):
             name = type(model.head).__name__
             raise InputError(
-                f"a {name} head cannot be trained where the schedule ends in pure noise (alpha = 0): it does not "
+                f"a {name} head cannot be trained for a schedule that ends in pure noise (alpha = 0): it does not "
                 "determine x0 there. Use a v, flow, x0 or edm head, or a schedule that ends at alpha > 0"
             )
         if model.learned_variance:

@@ -1,0 +1,91 @@
+"""Configuration: completeness, errors that name the key and the nearest valid one."""
+
+import tomllib
+
+import pytest
+
+from undiffuse import DDIM, Adams, EDMPrecond, InputError, Karras
+from undiffuse.config import DEFAULTS, KINDS, Config, fields, parse_overrides
+
+
+def resolve(*words):
+    return Config.resolve(parse_overrides(words))
+
+
+def test_toml_rebuilds_the_configuration():
+    config = resolve("solver=adams", "solver.order=3", "net.mults=[1, 2]", "seed=7", "head.sigma_data=0.7")
+    again = Config.resolve(tomllib.loads(config.toml()))
+    assert again.values == config.values
+    assert Config.resolve(tomllib.loads(again.toml())).values == config.values
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_every_kind_of_every_family_builds_from_its_defaults(family):
+    for name, kind in KINDS[family].items():
+        given = {key: _example(key) for key, (_, default) in fields(kind).items() if default is ...}
+        config = Config.resolve({family: {"kind": name, **given}})
+        extra = {"channels": 1, "vector": 3} if family == "net" else {}
+        assert config.build(family, **extra) is not None
+
+
+def _example(key):
+    return {"lams": [-1.0, 0.0, 2.0]}[key]
+
+
+def test_a_word_is_short_for_a_kind_and_changing_the_kind_forgets_its_settings():
+    config = resolve("solver=adams", "solver.order=4", "solver.corrector=true")
+    assert config.build("solver") == Adams(4, corrector=True)
+    assert Config.resolve(config.values, parse_overrides(["solver=ddim"])).build("solver") == DDIM()
+    assert Config.resolve(config.values, parse_overrides(["solver.order=2"])).build("solver") == Adams(
+        2, corrector=True
+    )
+    assert resolve("grid=karras", "grid.rho=5").build("grid") == Karras(rho=5.0)
+
+
+def test_the_heads_sigma_data_is_measured_unless_stated():
+    assert resolve().measured(0.7).build("head") == EDMPrecond(0.7)
+    assert resolve("head.sigma_data=0.3").measured(0.7).build("head") == EDMPrecond(0.3)
+    assert "sigma_data" not in resolve("head=v").measured(0.7).values["head"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sovler=ddim"], "unknown key 'sovler': did you mean 'solver'"),
+        (["solver=dmpp-2m"], "unknown solver 'dmpp-2m': did you mean 'dpmpp-2m'"),
+        (["solver=ddim", "solver.etta=1"], "unknown key solver.etta: did you mean 'eta'"),
+        (["solver.order=3"], "unknown key solver.order: solver takes: none"),
+        (["net.widht=3"], "did you mean 'width'"),
+        (["net.channels=3"], "net.channels follows from the data"),
+        (["net.width=wide"], "net.width: .*integer.*got 'wide'"),
+        (["net.mults=[1, x]"], "net.mults"),
+        (["train.steps=0"], "train.steps = 0 is out of range"),
+        (["train.lr=-1"], "train.lr"),
+        (["train=5"], "train needs settings"),
+        (["sample.steps=0"], "sample.steps must be >= 1"),
+        (["seed=x"], "seed must be a int|seed must be"),
+        (["guidance.w=nan"], "finite number"),
+        (["schedule=vp", "schedule.beta_min=30"], "beta_min < beta_max"),
+        (["held_out=0"], "held_out must be >= 1"),
+        (["net"], "'net' is not an override"),
+        (["=3"], "not an override"),
+        (["solver=ddim", "solver.eta.x=1"], "solver.eta"),
+    ],
+)
+def test_mistakes_are_named(words, message):
+    with pytest.raises(InputError, match=message):
+        resolve(*words)
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        Config.read(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("a = [")
+    with pytest.raises(InputError, match="not valid TOML"):
+        Config.read(tmp_path / "bad.toml")
+
+
+def test_defaults_are_not_changed_by_use():
+    before = repr(DEFAULTS)
+    resolve("net.width=96", "solver=adams")
+    assert repr(DEFAULTS) == before
