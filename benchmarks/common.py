@@ -14,7 +14,8 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 def machine() -> str:
     """The machine in words: the numbers below hold for it."""
     cpu = next((line.split(":")[1].strip() for line in _read("/proc/cpuinfo") if line.startswith("model name")), "")
-    return f"{cpu or platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}"
+    threads = f"{torch.get_num_threads()} threads"
+    return f"{cpu or platform.machine()}, {threads}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def _read(path: str) -> list[str]:

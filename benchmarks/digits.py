@@ -1,4 +1,4 @@
-"""The demo's model sampled with the full 1,000-step DDPM chain, beside the few-step solvers: distances to held-out digits.
+"""The demo's model sampled with the full 1,000-step DDPM chain and with few-step solvers: distances to held-out digits.
 
 Needs a finished run folder (default runs/demo, from `make demo`).
 """
@@ -51,7 +51,8 @@ def main() -> None:
         ["real against real", "", f"{floor.frechet:.2f}", f"{1000 * floor.kernel:.1f}", f"{100 * read:.1f} %", ""]
     )
     header = ["solver", "steps", "Frechet", "1000 x kernel", "read as its class (w = 1)", "ms an image"]
-    text = f"{len(held_out)} conditional samples (w = 1) against {len(held_out)} held-out digits of the same classes, on pixels.\n\n"
+    n = len(held_out)
+    text = f"{n} conditional samples (w = 1) against {n} held-out digits of the same classes, on pixels.\n\n"
     write("Digits, the full chain", f"python benchmarks/digits.py {run}", text + table(header, rows))
 
 

@@ -1,10 +1,11 @@
-"""Time per step of `Tableau.run` and `trajectory` beside a hand-written loop of the same arithmetic, constant denoiser."""
+"""Time per step of `Tableau.run` and `trajectory` beside a hand-written loop of the same arithmetic."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from common import table, write
@@ -17,7 +18,7 @@ STEPS, ROUNDS = 50, 60
 def hand_ddim(levels, denoise, x):  # type: ignore[no-untyped-def]
     """DDIM with its coefficients as numbers."""
     plan = []
-    for now, then in zip(levels, levels[1:], strict=False):
+    for now, then in pairwise(levels):
         ratio = float(then.sigma / now.sigma)
         plan.append((now, ratio, float(then.alpha) - ratio * float(now.alpha)))
 
@@ -34,7 +35,7 @@ def hand_ddim(levels, denoise, x):  # type: ignore[no-untyped-def]
 def hand_2m(levels, denoise, x):  # type: ignore[no-untyped-def]
     """DPM-Solver++(2M) with its coefficients as numbers."""
     plan = []
-    for i, (now, then) in enumerate(zip(levels, levels[1:], strict=False)):
+    for i, (now, then) in enumerate(pairwise(levels)):
         ratio, h = float(then.sigma / now.sigma), float(then.lam - now.lam)
         whole = float(then.alpha) - ratio * float(now.alpha)
         back = whole * h / float(now.lam - levels[i - 1].lam) / 2 if i and h != float("inf") else 0.0
@@ -84,7 +85,11 @@ def main() -> None:
 
             by_hand = hand(levels, denoise, x)
             assert torch.allclose(by_hand(), plan.run(denoise, x), atol=1e-5)
-            runs = {"hand": by_hand, "tableau": lambda plan=plan: plan.run(denoise, x), "driver": drive}
+            runs = {
+                "hand": by_hand,
+                "tableau": lambda plan=plan, x=x, denoise=denoise: plan.run(denoise, x),
+                "driver": drive,
+            }
             with torch.no_grad():
                 micro, ratio = compare(runs)
             rows.append([name, str(shape), f"{micro['hand']:.1f}", f"{micro['tableau']:.1f}", f"{ratio['tableau']:.2f}",

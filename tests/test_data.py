@@ -8,11 +8,6 @@ from undiffuse import InputError
 from undiffuse.data import BUILT_IN, Data, load_data
 
 
-def missing(reason):
-    """A property that the code does not have yet; it fails when it does, so that the mark goes."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 def numbered(n=50):
     """Data whose sample k holds the value k, labelled by k modulo 7."""
     return Data(torch.arange(n).float()[:, None, None].expand(n, 2, 3), torch.arange(n) % 7, "numbered")
@@ -144,7 +139,6 @@ def test_truncated_files_are_refused_wherever_they_end(tmp_path, suffix):
             load_data(str(path))
 
 
-@missing("zlib.error, NotImplementedError, tokenize.TokenError and others come through")
 @pytest.mark.parametrize("suffix", ["npy", "npz"])
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_files_are_read_or_refused_wherever_the_damage_is(tmp_path, suffix):
@@ -164,12 +158,12 @@ def test_damaged_files_are_read_or_refused_wherever_the_damage_is(tmp_path, suff
 @pytest.mark.parametrize(
     "array",
     [
-        pytest.param(np.full((4, 1, 2), "a"), marks=missing("torch's TypeError")),
-        pytest.param(np.zeros((4, 1, 2), "M8[s]"), marks=missing("torch's TypeError")),
-        pytest.param(np.ones((4, 1, 2), complex), marks=missing("the imaginary part is dropped")),
-        pytest.param(np.full((4, 1, 2), 1e300), marks=missing("checked before the cast to float32")),
-        pytest.param(np.zeros((4, 1, 0)), marks=missing("samples without elements are accepted")),
-        pytest.param(np.full((4, 1, 2), 200), marks=missing("integers other than uint8 are not mapped")),
+        pytest.param(np.full((4, 1, 2), "a")),
+        pytest.param(np.zeros((4, 1, 2), "M8[s]")),
+        pytest.param(np.ones((4, 1, 2), complex)),
+        pytest.param(np.full((4, 1, 2), 1e300)),
+        pytest.param(np.zeros((4, 1, 0))),
+        pytest.param(np.full((4, 1, 2), 200)),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Casting complex")
@@ -179,7 +173,6 @@ def test_arrays_of_other_kinds_are_refused(tmp_path, array):
         load_data(str(tmp_path / "x.npy"))
 
 
-@missing("torch reads the native byte order alone")
 def test_byte_order_does_not_matter(tmp_path):
     x = np.random.default_rng(0).normal(size=(4, 2, 3)).astype("<f4")
     np.save(tmp_path / "big.npy", x.astype(">f4"))
@@ -189,8 +182,8 @@ def test_byte_order_does_not_matter(tmp_path):
 @pytest.mark.parametrize(
     "suffix",
     [
-        pytest.param("npy", marks=missing("an archive named .npy is a TypeError")),
-        pytest.param("npz", marks=missing("an array named .npz is an AttributeError")),
+        pytest.param("npy"),
+        pytest.param("npz"),
     ],
 )
 def test_files_named_as_the_other_kind_are_refused_or_read(tmp_path, suffix):
@@ -259,8 +252,8 @@ def test_samples_of_wrong_shape_are_refused(shape):
         torch.zeros(4),
         torch.tensor([0, 1, -1, 2]),
         torch.tensor(1),
-        pytest.param(torch.zeros(4, dtype=torch.complex64), marks=missing("torch has no minimum of complex numbers")),
-        pytest.param(torch.zeros(4, dtype=torch.bool), marks=missing("True and False are taken for classes 1 and 0")),
+        pytest.param(torch.zeros(4, dtype=torch.complex64)),
+        pytest.param(torch.zeros(4, dtype=torch.bool)),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(labels):
@@ -271,8 +264,8 @@ def test_labels_that_do_not_fit_are_refused(labels):
 @pytest.mark.parametrize(
     "labels",
     [
-        pytest.param(np.array(["cat", "dog", "cat"]), marks=missing("torch's TypeError")),
-        pytest.param(np.array([0, 1, 2], np.uint64), marks=missing("torch has no minimum of uint64")),
+        pytest.param(np.array(["cat", "dog", "cat"])),
+        pytest.param(np.array([0, 1, 2], np.uint64)),
     ],
 )
 def test_labels_in_files_are_read_or_refused(tmp_path, labels):

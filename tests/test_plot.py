@@ -13,11 +13,6 @@ from PIL import Image
 from undiffuse import InputError, plot
 
 
-def missing(reason):
-    """A property that the code does not have yet; it fails when it does, so that the mark goes."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 def samples(n, channels=1, h=3, w=5):
     """Random samples in [-1, 1], different in every pixel."""
     return torch.rand(n, channels, h, w, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -104,9 +99,9 @@ def test_data_that_are_no_images_are_refused(shape, tmp_path):
 @pytest.mark.parametrize(
     ("shape", "columns"),
     [
-        pytest.param((0, 1, 4, 4), 2, marks=missing("an IndexError for no samples")),
-        pytest.param((2, 0, 4, 4), 2, marks=missing("an IndexError for no channels")),
-        pytest.param((2, 1, 4, 4), 0, marks=missing("a ZeroDivisionError for no columns")),
+        pytest.param((0, 1, 4, 4), 2),
+        pytest.param((2, 0, 4, 4), 2),
+        pytest.param((2, 1, 4, 4), 0),
     ],
 )
 def test_empty_sheets_are_refused(shape, columns):
@@ -153,7 +148,6 @@ def test_gif_of_samples_is_close_to_the_samples(tmp_path):
             assert np.abs(error).max() <= 24
 
 
-@missing("an IndexError")
 def test_gif_without_frames_is_refused(tmp_path):
     with pytest.raises(InputError):
         plot.save_gif([], tmp_path / "x.gif")
@@ -168,7 +162,6 @@ def test_data_uri_holds_the_file(tmp_path, suffix):
     assert base64.b64decode(body, validate=True) == path.read_bytes()
 
 
-@missing("a KeyError")
 def test_files_that_are_no_pictures_are_refused(tmp_path):
     (tmp_path / "x.txt").write_text("words")
     with pytest.raises(InputError, match=r"x\.txt"):
@@ -197,12 +190,13 @@ def test_the_check_for_outside_resources_sees_them():
 
 def test_page_is_complete_and_self_contained():
     uri = plot.image_uri(plot.tile(samples(4), 2))
-    table = plot.table_html(["lam", "a < b"], [["1", "<i>x</i>"], ["2", "&amp;"]])
+    table = plot.table_html(["lam", "<u>a</u>"], [["1", "<i>x</i>"], ["2", "&amp;"]])
     page = plot.page("noise & <data>", f'<h1>Report</h1><img src="{uri}" alt="samples">{table}')
     seen = Outside(page)
     assert seen.loads == []
     assert page.startswith("<!doctype html>")
-    assert [seen.tags.count(tag) for tag in ("html", "head", "title", "style", "main", "img", "i")] == [1] * 6 + [0]
+    assert [seen.tags.count(tag) for tag in ("html", "head", "title", "style", "main", "img")] == [1] * 6
+    assert not {"i", "u", "data"} & set(seen.tags)
     assert "noise & <data>" in seen.words
     assert '<meta charset="utf-8">' in page
     assert uri in page
@@ -238,7 +232,6 @@ def test_levels_are_drawn_as_a_share_of_the_linear_error(tmp_path, drawn):
     assert pyplot.get_fignums() == []
 
 
-@missing("the axis ends at 1.15")
 def test_a_network_worse_than_linear_stays_in_the_picture(tmp_path, drawn):
     plot.plot_levels([{**LEVELS[0], "mse": 6.0}, *LEVELS[1:]], tmp_path / "x.png")
     assert drawn[0].get_ylim()[1] >= 3
@@ -249,7 +242,7 @@ def curves(n):
     return {f"solver {i}": {5: 8.0 + i, 10: 4.0 + i, 20: 2.0 + i} for i in range(n)}
 
 
-@pytest.mark.parametrize("n", [1, 3, 4, pytest.param(5, marks=missing("curves beyond the four colours are dropped"))])
+@pytest.mark.parametrize("n", [1, 3, 4, pytest.param(5)])
 def test_every_solver_has_its_curve_and_name(tmp_path, drawn, n):
     plot.plot_distances(curves(n), 1.5, "distance", tmp_path / "x.png")
     (axes,) = drawn
@@ -264,7 +257,6 @@ def test_every_solver_has_its_curve_and_name(tmp_path, drawn, n):
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
-@missing("drawing switches matplotlib to Agg for the whole process")
 def test_drawing_leaves_the_callers_matplotlib_alone(tmp_path, monkeypatch):
     import matplotlib
 

@@ -1,7 +1,7 @@
 """undiffuse: the reverse process of diffusion models, exact and readable."""
 
 from undiffuse.cond import Cond, Label
-from undiffuse.denoise import Counter, Dataset, Denoiser, Gaussian, Mixture
+from undiffuse.denoise import Counter, Dataset, Denoiser, FixedRows, Gaussian, Mixture
 from undiffuse.grid import GRIDS, Explicit, Indexed, Karras, UniformLam, UniformT
 from undiffuse.guide import CFG, GUIDES
 from undiffuse.level import Level, from_x0, reverse_transition, to_x0, transition
@@ -25,3 +25,16 @@ from undiffuse.tableau import Tableau, trace
 from undiffuse.types import Denoise, InputError
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """`load`, `Model` and `fit` come with the configuration's libraries: brought in when first asked for."""
+    if name in ("Model", "load"):
+        from undiffuse.model import Model
+
+        return Model if name == "Model" else Model.load
+    if name == "fit":
+        from undiffuse.fit import fit
+
+        return fit
+    raise AttributeError(f"module 'undiffuse' has no attribute {name!r}")

@@ -21,7 +21,7 @@ import undiffuse
 from undiffuse import demo as demo_module
 from undiffuse import plot
 from undiffuse.config import DEFAULTS, KINDS, Config, fields, parse_overrides
-from undiffuse.denoise import Counter
+from undiffuse.denoise import Counter, FixedRows
 from undiffuse.fit import fit
 from undiffuse.model import Model
 from undiffuse.sample import sample as draw
@@ -198,7 +198,8 @@ def sample(
         out = out.with_suffix(".npy")
     if out.suffix not in (".png", ".npy"):
         raise InputError(f"samples are written as .png or .npy, got {out.name}")
-    counter, started = Counter(model.denoiser), time.perf_counter()
+    counter = Counter(FixedRows(model.denoiser, use.rows) if use.rows else model.denoiser)
+    started = time.perf_counter()
     cond = model.cond(labels, use.n)
     chunks = -(-use.n // use.batch)
     with Bars(as_json) as bars:

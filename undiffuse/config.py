@@ -38,17 +38,21 @@ KINDS: dict[str, dict[str, Callable[..., Any]]] = {
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How many samples, in how many solver steps, from which seed, at most `batch` at once."""
+    """How many samples, in how many solver steps, from which seed, at most `batch` at once; network calls of exactly
+    `rows` rows make sample k bit-equal for every batch (0: calls as they come)."""
 
     n: int = 16
     steps: int = 20
     seed: int = 0
     batch: int = 256
+    rows: int = 16
 
     def __post_init__(self) -> None:
         for name in ("n", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"sample.{name} must be >= 1, got {getattr(self, name)}")
+        if self.rows < 0:
+            raise InputError(f"sample.rows must be >= 0 (0: off), got {self.rows}")
 
 
 DEFAULTS: dict[str, Any] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -272,3 +272,41 @@ class Counter:
         self._count(x)
         out: tuple[Tensor, Tensor] = self.model.reverse(x, now, then, cond)
         return out
+
+
+class FixedRows:
+    """Wraps a model so that every call has exactly `rows` rows, split and padded as needed.
+
+    Matrix kernels round differently for different batch sizes; with this, a sample is the same tensor bit for bit
+    whatever batch it is computed in, on one device with one number of threads. Raises InputError for rows < 1.
+
+    >>> from undiffuse import Level
+    >>> model = FixedRows(Gaussian(Spectrum(torch.zeros(1), torch.ones(1))), rows=4)
+    >>> model(torch.ones(5, 1), Level(0.8, 0.6)).shape
+    torch.Size([5, 1])
+    """
+
+    def __init__(self, model: Any, rows: int) -> None:
+        if rows < 1:
+            raise InputError(f"rows must be >= 1, got {rows}")
+        self.model, self.rows = model, rows
+
+    def _parts(self, n: int, *values: Any) -> Iterator[list[Any]]:
+        """The arguments `rows` rows at a time, the last part padded with copies of the last row; 0-dim levels stay."""
+
+        def pick(value: Any, rows: Tensor) -> Any:
+            if isinstance(value, Level):
+                return Level(value.alpha[rows], value.sigma[rows]) if value.alpha.ndim else value
+            return None if value is None else value[rows]
+
+        for start in range(0, n, self.rows):
+            rows = torch.arange(start, start + self.rows).clamp(max=n - 1)
+            yield [pick(value, rows) for value in values]
+
+    def __call__(self, x: Tensor, level: Level, cond: Any = None) -> Tensor:
+        return torch.cat([self.model(*part) for part in self._parts(len(x), x, level, cond)])[: len(x)]
+
+    def reverse(self, x: Tensor, now: Level, then: Level, cond: Any = None) -> tuple[Tensor, Tensor]:
+        pairs = [self.model.reverse(*part) for part in self._parts(len(x), x, now, then, cond)]
+        mean, variance = (torch.cat(half)[: len(x)] for half in zip(*pairs, strict=True))
+        return mean, variance

@@ -72,6 +72,7 @@ class Model:
         seed: int | None = None,
         first: int = 0,
         batch: int | None = None,
+        rows: int | None = None,
         progress: Callable[[State], None] | None = None,
     ) -> Tensor:
         """n samples (n, *shape) in the data's range; what is not given comes from the configuration.
@@ -94,7 +95,8 @@ class Model:
             guidance=guidance,
             seed=use.seed if seed is None else seed,
             first=first,
-            batch=batch or use.batch,
+            batch=use.batch if batch is None else batch,
+            rows=use.rows if rows is None else rows,
             progress=progress,
             device=next(self.denoiser.parameters()).device,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from undiffuse.types import InputError
 
 INK, PAPER, ACCENT, MUTED = "#1b1f24", "#ffffff", "#c8553d", "#8a8f98"
-PALETTE = ["#c8553d", "#28666e", "#e0a030", "#6a4c93"]
+PALETTE = ["#c8553d", "#28666e", "#e0a030", "#6a4c93", "#5b8c5a", "#1b1f24", "#b56576", "#457b9d"]
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
@@ -30,8 +31,10 @@ def to_uint8(x: Tensor) -> np.ndarray:
 def tile(x: Tensor, columns: int, scale: int = 6, gap: int = 4, smooth: bool = False) -> Image.Image:
     """Samples (n, c, h, w) as one picture, enlarged `scale` times by repetition or, if `smooth`, by cubic splines, and
     `gap` pixels apart; raises InputError for data that are no images."""
-    if x.ndim != 4:
-        raise InputError(f"only images (n, channels, height, width) can be drawn, got {tuple(x.shape)}")
+    if x.ndim != 4 or 0 in x.shape or columns < 1 or scale < 1:
+        raise InputError(
+            f"only images (n, channels, height, width) can be drawn, got {tuple(x.shape)} in {columns} columns"
+        )
     pictures = [Image.fromarray(p) for p in to_uint8(x)]
     how = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     w, h = pictures[0].width * scale, pictures[0].height * scale
@@ -51,7 +54,9 @@ def save_png(x: Tensor, path: Path, columns: int = 8, smooth: bool = False) -> N
 
 def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 90, hold: int = 14) -> None:
     """Write frames as an endless GIF that rests on the last one."""
-    shown = [f.quantize(16) for f in frames]
+    if not frames:
+        raise InputError("a GIF needs at least one frame")
+    shown = [f.quantize(16 if f.mode == "L" else 256) for f in frames]
     shown[0].save(
         path,
         save_all=True,
@@ -63,12 +68,10 @@ def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 90, 
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, which would change the caller's backend
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(width, height), dpi=150)
+    figure = Figure(figsize=(width, height), dpi=150)
+    axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK, labelsize=9)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
@@ -77,11 +80,8 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
     figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)
 
 
 def plot_levels(rows: Sequence[dict[str, float]], path: Path) -> None:
@@ -91,7 +91,7 @@ def plot_levels(rows: Sequence[dict[str, float]], path: Path) -> None:
     axes.axhline(1, color=MUTED, linewidth=1, linestyle="--")
     axes.text(lam[-1], 1.02, "best linear denoiser", color=MUTED, fontsize=9, ha="right")
     axes.plot(lam, [r["mse"] / r["linear"] for r in rows], color=ACCENT, marker="o", linewidth=2)
-    axes.set_ylim(0, 1.15)
+    axes.set_ylim(0, max(1.15, 1.05 * max(r["mse"] / r["linear"] for r in rows)))
     axes.set_xlabel("lam = log(alpha / sigma):  noise  →  data", fontsize=9)
     axes.set_ylabel("squared error, relative", fontsize=9)
     _save(figure, path)
@@ -102,7 +102,7 @@ def plot_distances(table: dict[str, dict[int, float]], floor: float, label: str,
     from matplotlib import ticker
 
     figure, axes = _figure(6.4, 3.2)
-    for (name, values), color in zip(table.items(), PALETTE, strict=False):
+    for (name, values), color in zip(table.items(), itertools.cycle(PALETTE), strict=False):
         axes.plot(list(values), list(values.values()), color=color, marker="o", linewidth=2, label=name)
     axes.axhline(floor, color=MUTED, linewidth=1, linestyle="--", label="real against real")
     steps = list(next(iter(table.values())))
@@ -120,7 +120,9 @@ def plot_distances(table: dict[str, dict[int, float]], floor: float, label: str,
 
 def data_uri(path: Path) -> str:
     """A file as a data URI."""
-    kind = {".png": "image/png", ".gif": "image/gif"}[path.suffix]
+    kind = {".png": "image/png", ".gif": "image/gif"}.get(path.suffix.lower())
+    if kind is None:
+        raise InputError(f"only .png and .gif files can be embedded, got {path.name}")
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 

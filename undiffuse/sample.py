@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from undiffuse.denoise import FixedRows
 from undiffuse.grid import Grid, UniformLam, check_levels
 from undiffuse.guide import CFG, Guidance
 from undiffuse.level import Level, transition
@@ -150,6 +151,7 @@ def sample(
     seed: int = 0,
     first: int = 0,
     batch: int | None = None,
+    rows: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     progress: Callable[[State], None] | None = None,
@@ -158,7 +160,9 @@ def sample(
 
     `schedule` gives the levels and may differ from the one that the model was trained on. `cond` is a `Cond` of n rows
     and `guidance` a weight w (1 is off) or a guidance such as `CFG(w, lam_min, lam_max)`. Sample k depends on (seed,
-    first + k) alone; `batch` bounds the rows in memory. `progress` sees every `State`. Raises InputError for bad input.
+    first + k) alone; `batch` bounds the samples in memory; with `rows` every network call has exactly so many rows,
+    which makes samples bit-equal for every batch (see `FixedRows`). `progress` sees every `State`. Raises InputError
+    for bad input.
 
     >>> from undiffuse import Gaussian, Spectrum, VP
     >>> model = Gaussian(Spectrum(torch.zeros(2), torch.ones(2)))
@@ -172,12 +176,12 @@ def sample(
         raise InputError(f"the number of samples and the batch must be >= 1, got n = {n}, batch = {batch}")
     if cond is not None and len(cond) != n:
         raise InputError(f"the condition has {len(cond)} rows for {n} samples: give one row a sample")
-    out = []
+    model, out = (FixedRows(model, rows) if rows else model), []
     with torch.no_grad():
         for start in range(0, n, batch or n):
-            rows = range(start, min(n, start + (batch or n)))
-            noise = Noise((len(rows), *shape[1:]), seed, [first + k for k in rows], dtype, device)
-            denoise = guide(model, None if cond is None else cond[rows.start : rows.stop].to(device))
+            stop = min(n, start + (batch or n))
+            noise = Noise((stop - start, *shape[1:]), seed, range(first + start, first + stop), dtype, device)
+            denoise = guide(model, None if cond is None else cond[start:stop].to(device))
             x = levels[0].sigma * noise()
             for state in trajectory(denoise, x, levels, solver, noise):
                 x = state.x

@@ -14,6 +14,9 @@ from undiffuse import (
     VP,
     Cond,
     Counter,
+    Denoiser,
+    EDMPrecond,
+    FixedRows,
     Flow,
     Gaussian,
     InputError,
@@ -25,6 +28,7 @@ from undiffuse import (
     sample,
     trajectory,
 )
+from undiffuse.nets import UNet
 
 CLASSES = Mixture([diagonal(0.1, 0.1, mean=m) for m in (-1.0, 0.0, 2.0)], labels=[0, 1, 2])
 
@@ -159,3 +163,36 @@ def test_cond_parts_drop_concatenate_and_select():
     assert len(cond[:1]) == 1
     with pytest.raises(ValueError, match="vector"):
         Cond.cat([cond, Cond(tokens=cond.tokens)])
+
+
+@pytest.mark.parametrize("w", [1.0, 2.0])
+def test_fixed_rows_make_a_networks_samples_bit_equal_for_every_batch(w):
+    """Matrix kernels round by batch size; calls of one size do not."""
+    torch.manual_seed(0)
+    net = UNet(1, width=32, vector=3)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    model, cond = Denoiser(net.eval(), EDMPrecond()), Label(3)(torch.arange(64) % 3)
+
+    def draw(n=64, first=0, **kw):
+        rows = cond[first : first + n]
+        return sample(model, (n, 1, 6, 6), VP(), steps=2, cond=rows, guidance=w, first=first, rows=16, **kw)
+
+    whole = draw()
+    assert torch.isfinite(whole).all()
+    for batch in (1, 7, 33):
+        assert torch.equal(draw(batch=batch), whole)
+    assert torch.equal(draw(n=1, first=41), whole[41:42])
+
+
+def test_fixed_rows_change_nothing_but_the_calls():
+    x, cond = torch.randn(5, 2), Label(3)([0, 1, 2, 0, 1])
+    levels = Level.at(torch.tensor([-1.0, 0, 1, 2, 3])).reshape(-1, 1)
+    for level in (Level.at(0.5), levels):
+        counter = Counter(CLASSES)
+        assert torch.allclose(FixedRows(counter, 2)(x, level, cond), CLASSES(x, level, cond), atol=1e-7)
+        assert (counter.calls, counter.rows) == (3, 6)
+    pairs = FixedRows(CLASSES, 2).reverse(x, *at([0.0, 1.0]), cond), CLASSES.reverse(x, *at([0.0, 1.0]), cond)
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*pairs, strict=True))
+    with pytest.raises(InputError, match="rows must be >= 1"):
+        FixedRows(CLASSES, 0)

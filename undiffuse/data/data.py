@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +26,25 @@ class Data:
     name: str = "data"
 
     def __post_init__(self) -> None:
-        if self.x.ndim < 3 or self.x.shape[0] < 2:
+        if self.x.ndim < 3 or self.x.shape[0] < 2 or 0 in self.x.shape:
             raise InputError(
                 f"{self.name}: samples of shape {tuple(self.x.shape)}; expected (n, channels, side, ...) with n >= 2"
             )
-        bad = ~torch.isfinite(self.x.flatten(1)).all(1)
+        if not self.x.is_floating_point():
+            raise InputError(
+                f"{self.name}: samples of type {self.x.dtype}; expected floats in [-1, 1] (files: or uint8)"
+            )
+        x = self.x.float()
+        bad = ~torch.isfinite(x.flatten(1)).all(1)
         if bool(bad.any()):
             first = int(bad.nonzero()[0])
             raise InputError(f"{self.name}: {int(bad.sum())} samples have NaN or infinite values, the first is {first}")
-        object.__setattr__(self, "x", self.x.float())
+        object.__setattr__(self, "x", x)
         if self.labels is not None:
             labels = torch.as_tensor(self.labels)
-            if labels.shape != (len(self.x),) or labels.is_floating_point() or int(labels.min()) < 0:
-                raise InputError(f"{self.name}: labels must be {len(self.x)} whole numbers >= 0")
+            whole = labels.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+            if not whole or labels.shape != (len(x),) or int(labels.min()) < 0:
+                raise InputError(f"{self.name}: labels must be {len(x)} whole numbers >= 0")
             object.__setattr__(self, "labels", labels.long())
 
     @property
@@ -91,13 +96,21 @@ def load_data(name: str) -> Data:
         raise InputError(f"data file {name} does not exist")
     try:
         raw = np.load(path, allow_pickle=False)
-        arrays = {"x": raw} if path.suffix == ".npy" else {k: raw[k] for k in raw.files if k in ("x", "labels")}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        if path.suffix == ".npy":
+            arrays = {"x": np.asarray(raw)}
+        else:
+            arrays = {k: np.asarray(raw[k]) for k in raw.files if k in ("x", "labels")}
+        tensors = {k: _tensor(v) for k, v in arrays.items()}
+    except Exception as error:  # damaged archives raise nearly anything: zlib.error, SyntaxError, AttributeError, ...
         raise InputError(f"{name} is not a readable array file (pickled arrays are refused): {error}") from error
-    if "x" not in arrays:
+    if "x" not in tensors:
         raise InputError(f"{name} has no array named 'x' (and optionally 'labels')")
-    x = torch.from_numpy(np.ascontiguousarray(arrays["x"]))
-    if x.dtype == torch.uint8:
-        x = x.float() / 127.5 - 1
-    labels = torch.from_numpy(np.ascontiguousarray(arrays["labels"])) if "labels" in arrays else None
-    return Data(x, labels, path.stem)
+    x = tensors["x"]
+    return Data(x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x, tensors.get("labels"), path.stem)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """The array as a tensor, in native byte order; unsigned 64-bit numbers become signed."""
+    if array.dtype == np.uint64:
+        array = array.astype(np.int64)
+    return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))

@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from undiffuse.data import Data
+from undiffuse.types import InputError
 
 
 class Reader:
@@ -17,12 +18,13 @@ class Reader:
     def __init__(self, held_out: Data) -> None:
         from sklearn.svm import SVC
 
-        assert held_out.labels is not None
+        if held_out.labels is None:
+            raise InputError("a reader learns from labels, and this data has none")
         self._svm = SVC(C=10.0).fit(self._pixels(held_out.x), held_out.labels.numpy())
 
     @staticmethod
     def _pixels(x: Tensor) -> np.ndarray:
-        return x.clamp(-1, 1).flatten(1).numpy()
+        return x.detach().cpu().float().clamp(-1, 1).flatten(1).numpy()
 
     def read(self, x: Tensor) -> np.ndarray:
         """The class of each sample (n,)."""

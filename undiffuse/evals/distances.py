@@ -18,6 +18,8 @@ class Distances(NamedTuple):
 
 
 def _features(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    if a.ndim < 2 or b.ndim < 2:
+        raise InputError(f"distances need features (n, width), got {tuple(a.shape)} and {tuple(b.shape)}")
     a, b = a.double().flatten(1), b.double().flatten(1)
     if len(a) < 2 or len(b) < 2 or a.shape[1] != b.shape[1]:
         raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
+from torch.nn.functional import interpolate, rms_norm, scaled_dot_product_attention, silu
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
@@ -37,7 +37,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(silu(self.norm1(x)))
-        scale, shift = self.modulate(emb).reshape(*emb.shape[:1], -1, *[1] * (x.ndim - 2)).chunk(2, 1)
+        modulation = self.modulate(emb)
+        scale, shift = modulation.reshape(*modulation.shape, *[1] * (x.ndim - 2)).chunk(2, 1)
         h = silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
         out: Tensor = self.skip(x) + self.conv2(self.dropout(h))
         return out
@@ -48,19 +49,18 @@ class Attention(nn.Module):
 
     def __init__(self, dims: int, channels: int, head_width: int = 32) -> None:
         super().__init__()
-        self.heads = max(1, channels // head_width)
-        if channels % self.heads:
-            raise ValueError(f"attention needs channels divisible by {self.heads} heads, got {channels}")
+        self.heads = max(h for h in range(1, max(1, channels // head_width) + 1) if channels % h == 0)
         conv = CONV[dims]
         self.norm, self.qkv = group_norm(channels), conv(channels, 3 * channels, 1)
         self.proj = zero(conv(channels, channels, 1))
         self.q_norm, self.k_norm = nn.RMSNorm(channels // self.heads), nn.RMSNorm(channels // self.heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, c = x.shape[:2]
-        qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, -1).transpose(-1, -2)
+        c = x.shape[1]
+        qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, c // self.heads)).transpose(-1, -2)
         q, k, v = qkv.unbind(1)
-        h = scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        q, k = (rms_norm(a, a.shape[-1:], n.weight.to(a.dtype)) for a, n in ((q, self.q_norm), (k, self.k_norm)))
+        h = scaled_dot_product_attention(q, k, v)
         out: Tensor = x + self.proj(h.transpose(-1, -2).reshape(x.shape))
         return out
 

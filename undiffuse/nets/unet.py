@@ -42,10 +42,13 @@ class UNet(nn.Module):
         learned_variance: bool = False,
     ) -> None:
         super().__init__()
-        if dims not in CONV or channels < 1 or depth < 1 or patch < 1 or not mults or min(mults) < 1 or width < 8:
+        whole = all(isinstance(n, int) for n in (channels, width, depth, patch, vector, *mults))
+        positive = whole and bool(mults) and min(channels, depth, patch, *mults) >= 1 and width >= 8 and vector >= 0
+        if dims not in CONV or not positive:
             raise InputError(
-                f"UNet needs 1, 2 or 3 dims, channels, depth, patch and mults >= 1 and width >= 8; got dims={dims}, "
-                f"channels={channels}, depth={depth}, patch={patch}, mults={tuple(mults)}, width={width}"
+                "UNet needs whole numbers: dims 1, 2 or 3; channels, depth, patch, mults >= 1; width >= 8; vector >= 0. "
+                f"Got dims={dims}, channels={channels}, depth={depth}, patch={patch}, mults={tuple(mults)}, "
+                f"width={width}, vector={vector}"
             )
         if not 0 <= dropout < 1:
             raise InputError(f"UNet dropout must be in [0, 1), got {dropout}")
@@ -84,22 +87,27 @@ class UNet(nn.Module):
 
     def _embed(self, time: Tensor, cond: Any) -> Tensor:
         emb: Tensor = self.time(time)
-        if self.cond is not None and cond is not None and cond.vector is not None:
-            if cond.vector.shape != (len(time), self.vector):
-                raise InputError(
-                    f"condition vector of shape {tuple(cond.vector.shape)}: expected ({len(time)}, {self.vector})"
-                )
-            emb = emb + self.cond(cond.vector.to(emb.dtype))
-        elif cond is not None and self.cond is None:
+        vector = None if cond is None else cond.vector
+        if cond is not None and (cond.tokens is not None or cond.spatial is not None):
+            raise InputError("this network takes a condition vector only, and was given tokens or a spatial map")
+        if vector is not None and self.cond is None:
             raise InputError("this network was built without a condition (vector=0) and was given one")
+        if vector is not None and self.cond is not None:
+            if vector.shape != (len(time), self.vector):
+                raise InputError(
+                    f"condition vector of shape {tuple(vector.shape)}: expected ({len(time)}, {self.vector})"
+                )
+            emb = emb + self.cond(vector.to(emb.dtype))
         return silu(emb)
 
     def forward(self, x: Tensor, time: Tensor, cond: Any = None) -> Tensor:
         """F(x, time): x (b, channels, *size), time (b,), cond with `vector` (b, vector) or None for unconditional."""
-        if x.ndim != 2 + self.dims or x.shape[1] != self.channels:
+        if x.ndim != 2 + self.dims or x.shape[1] != self.channels or 0 in x.shape[1:]:
             raise InputError(
                 f"this network takes (batch, {self.channels}, {', '.join(['side'] * self.dims)}), got {tuple(x.shape)}"
             )
+        if time.shape != x.shape[:1]:
+            raise InputError(f"time of shape {tuple(time.shape)} for {len(x)} samples: expected ({len(x)},)")
         emb, size = self._embed(time, cond), x.shape[2:]
         margins = [-side % self.multiple for side in size]
         if any(margins):  # torch lists the last side first

@@ -1,0 +1,697 @@
+"""The loop and `fit`: exact resume, the order of samples, rates, NaN, run folders."""
+
+import json
+import math
+import multiprocessing
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from undiffuse import (
+    VP,
+    X0,
+    Cosine,
+    Dataset,
+    Denoiser,
+    EDMPrecond,
+    Eps,
+    Gaussian,
+    InputError,
+    Label,
+    Level,
+    Spectrum,
+    V,
+)
+from undiffuse.config import Config
+from undiffuse.data import Data
+from undiffuse.fit import fit, loss_by_level, split
+from undiffuse.model import Model
+from undiffuse.nets import UNet
+from undiffuse.train import EMA, Checkpoints, NonFinite, Objective, Plan, commit, train, verify
+from undiffuse.train.loop import batch_indices
+from undiffuse.train.objective import LogNormal
+
+
+def known(reason):
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+class Net(nn.Module):
+    """Two parameters and no dropout: a step takes no time."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.full((3,), 0.5)), nn.Parameter(torch.full((3,), -0.2))
+
+    def forward(self, x, time, cond):
+        return self.a * x + self.b
+
+
+class Spy(nn.Module):
+    """Notes what it is given; at lam = 20 that is the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.seen, self.told = nn.Parameter(torch.zeros(1)), [], []
+
+    def forward(self, x, time, cond):
+        self.seen.append(x[:, 0].round().long())
+        self.told.append(None if cond is None else cond.vector)
+        return self.w * x
+
+
+POINTS = 0.5 * torch.randn(10, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+LABELS = Label(3)(torch.arange(10) % 3)
+CLEAN = Objective(VP(), LogNormal(-20.0, 0.01))
+NUMBERS = torch.arange(10.0)[:, None].repeat(1, 2)
+PLAN = Plan(steps=9, batch=4, lr=1e-2, warmup=3, weight_decay=0.1, cond_dropout=0.4, every=2)
+
+
+def unet(weights=0, dropout=0.3, vector=3):
+    torch.manual_seed(weights)
+    return Denoiser(UNet(1, width=16, mults=(1,), vector=vector, dropout=dropout), EDMPrecond())
+
+
+def simple(plan, x=None, net=None, head=None, **kw):
+    """A run of a tiny network on data of three elements: its model and its generator."""
+    model = Denoiser(net or Net(), head or V())
+    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(1)) if x is None else x
+    return model, train(model, x, Objective(VP()), plan, **kw)
+
+
+def tree(root):
+    """Every file below `root` with its bytes."""
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def run(root, stop=None, weights=0):
+    """Train to the end or to step `stop`, with a caller that draws random numbers in between; the losses by step."""
+    losses = {}
+    for state in train(
+        unet(weights), POINTS, Objective(VP()), PLAN, cond=LABELS, seed=5, checkpoints=Checkpoints(root)
+    ):
+        losses[state.step] = (state.loss, state.grad_norm, state.lr, state.lam.tolist(), state.mse.tolist())
+        torch.rand(3)
+        if state.step == stop:
+            break
+    return losses
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    root = tmp_path_factory.mktemp("straight")
+    return run(root), tree(root)
+
+
+@pytest.mark.parametrize("stops", [[1], [2], [3], [5], [9], [3, 5, 8]], ids=str)
+def test_resumed_is_uninterrupted_bit_for_bit(straight, tmp_path, stops):
+    """Weights, average, optimiser and losses, with dropout, condition dropout and batches that straddle epochs."""
+    losses, files = straight
+    for i, stop in enumerate(stops):
+        run(tmp_path, stop, weights=i)
+    rest = run(tmp_path, weights=99 if stops[-1] > PLAN.every else 0)
+    assert 0 <= stops[-1] - (min(rest) - 1) <= PLAN.every
+    assert rest == {step: losses[step] for step in range(min(rest), 10)}
+    assert tree(tmp_path) == files
+    assert {name.split("/")[1] for name in files} == {
+        "model.safetensors", "ema.safetensors", "optimiser.safetensors", "state.json", "manifest.json",
+    }  # fmt: skip
+    assert run(tmp_path) == {}
+
+
+def test_the_run_depends_on_the_seed_and_uses_dropout(straight):
+    same = [s.loss for s in train(unet(), POINTS, Objective(VP()), PLAN, cond=LABELS, seed=5)]
+    other = [s.loss for s in train(unet(), POINTS, Objective(VP()), PLAN, cond=LABELS, seed=6)]
+    without = [s.loss for s in train(unet(0, 0.0), POINTS, Objective(VP()), PLAN, cond=LABELS, seed=5)]
+    assert same == [straight[0][step][0] for step in range(1, 10)]
+    assert all(a != b for a, b in zip(same, other, strict=True))
+    assert without[:1] == same[:1]
+    assert without[2:] != same[2:]
+
+
+def test_a_damaged_newest_checkpoint_costs_one_interval_and_nothing_else(straight, tmp_path):
+    run(tmp_path)
+    damaged = tmp_path / "step-9/ema.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert min(run(tmp_path, weights=99)) == 9
+    assert tree(tmp_path) == straight[1]
+
+
+@known("`train` drops what `latest` reports about newer checkpoints")
+def test_a_fallback_to_an_older_checkpoint_is_reported(tmp_path, caplog, recwarn, capsys):
+    run(tmp_path)
+    (tmp_path / "step-9/ema.safetensors").unlink()
+    run(tmp_path)
+    said = [caplog.text, *(str(w.message) for w in recwarn), *capsys.readouterr()]
+    assert any("step-9" in text for text in said)
+
+
+def test_eight_points_are_learned_by_heart():
+    """A UNet ends far below the best linear denoiser of eight points; their ideal denoiser's error is nearly 0 here."""
+    x, level = POINTS[:8], Level.at(1.0)
+    spectrum = Spectrum.measure(x)
+    torch.manual_seed(0)
+    model = Denoiser(UNet(1, width=16, mults=(1,)), EDMPrecond(spectrum.std))
+    ema, objective = EMA(model), Objective(VP(), LogNormal(-1.0, 0.3), sigma_data=spectrum.std)
+    states = list(train(model, x, objective, Plan(steps=200, batch=16, lr=1e-2, warmup=10), ema=ema))
+    x0, g = x.repeat(40, 1, 1, 1), torch.Generator().manual_seed(1)
+    noisy = level.diffuse(x0, torch.randn(x0.shape, generator=g))
+    error = float((ema.average(noisy, level) - x0).square().mean())
+    ideal = float((Dataset(x)(noisy, level) - x0).square().mean())
+    linear = float(spectrum.linear_loss(level))
+    assert ideal < 0.05 * linear
+    assert ideal < error < 0.2 * linear
+    assert float(states[0].mse.mean()) > linear
+
+
+def test_the_average_in_the_loop_is_the_power_rule_over_its_own_weights():
+    model, states = simple(replace(PLAN, lr=0.1, warmup=0), ema=(ema := EMA(Denoiser(Net(), V()), 3.0)))
+    ema.module = model
+    path = torch.stack([model.net.a.detach().clone() for _ in states]).double()
+    share = (torch.arange(10).double() / 9).pow(4).diff()
+    assert torch.allclose(ema.average.net.a.double(), share @ path, atol=1e-6)
+    assert (path.diff(dim=0).abs().amax(1)[:-1] > 0).all()
+
+
+@pytest.mark.parametrize("n", [1, 7, 10, 64])
+def test_every_epoch_is_a_permutation_that_depends_on_seed_and_position_alone(n):
+    sequence = batch_indices(n, 5 * n, 1, seed=3)
+    epochs = sequence.reshape(5, n)
+    assert torch.equal(epochs.sort(1).values, torch.arange(n).expand(5, n))
+    for batch in (1, 3, 8, 100):
+        parts = torch.cat([batch_indices(n, batch, step, seed=3) for step in range(1, 5 * n // batch + 2)])
+        assert torch.equal(parts[: 5 * n], sequence)
+    if n > 1:
+        assert len({tuple(epoch.tolist()) for epoch in epochs}) > 1
+        assert not torch.equal(batch_indices(n, 5 * n, 1, seed=4), sequence)
+
+
+def test_the_loop_sees_each_sample_once_an_epoch_across_a_stop(tmp_path):
+    plan, seen = Plan(steps=15, batch=4, every=1), []
+    for stop in (4, 9, None):
+        model = Denoiser(Spy(), X0())
+        first = None
+        for state in train(model, NUMBERS, CLEAN, plan, checkpoints=Checkpoints(tmp_path)):
+            first = first or state.step
+            if state.step == stop:
+                break
+        seen[(first - 1) * 4 :] = torch.cat(model.net.seen).tolist()
+    assert len(seen) == 60
+    for epoch in range(6):
+        assert sorted(seen[10 * epoch : 10 * epoch + 10]) == list(range(10))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_conditions_stay_with_their_samples_and_are_dropped_at_their_rate(share):
+    model, cond = Denoiser(Spy(), X0()), Label(10)(torch.arange(10))
+    for _ in train(model, NUMBERS, CLEAN, Plan(steps=100, batch=20, cond_dropout=share), cond=cond):
+        pass
+    told, seen = torch.cat(model.net.told), torch.cat(model.net.seen)
+    dropped = (told == 0).all(1)
+    assert torch.equal(told[~dropped].argmax(1), seen[~dropped])
+    assert (told[~dropped].sum(1) == 1).all()
+    assert float(dropped.float().mean()) == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 2000))
+
+
+def test_the_rate_warms_up_stays_and_falls_as_a_cosine():
+    plan = Plan(steps=100, lr=2.0, warmup=10, decay=0.4)
+    rates = [plan.rate(step) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
+    assert set(rates[10:60]) == {2.0}
+    assert rates[60:] == pytest.approx([1 + math.cos(math.pi * i / 40) for i in range(1, 41)])
+    assert [state.lr for state in simple(plan)[1]] == rates
+
+
+@known("the last step of a run without decay has rate 0; a run of one step learns nothing")
+def test_without_decay_the_rate_stays_to_the_end():
+    plan = Plan(steps=5, warmup=0, decay=0.0, lr=0.1)
+    assert [plan.rate(step) for step in range(1, 6)] == [0.1] * 5
+
+
+def test_the_first_step_is_adamws():
+    """Adam's first move is the rate times the sign of the gradient; decay takes rate x weight_decay of the weights."""
+    model, states = simple(Plan(steps=2, lr=1e-2, warmup=0, weight_decay=0.5, clip=1e9, decay=0.0))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    next(states)
+    for name, p in model.named_parameters():
+        expected = before[name] - 1e-2 * (0.5 * before[name] + p.grad.sign())
+        assert torch.allclose(p, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_are_clipped_to_their_norm_and_reported_unclipped():
+    reported, left = {}, {}
+    for clip in (1e-3, 1e3):
+        model, states = simple(Plan(steps=2, clip=clip))
+        reported[clip] = next(states).grad_norm
+        left[clip] = torch.cat([p.grad for p in model.parameters()])
+    assert reported[1e-3] == reported[1e3]
+    assert float(left[1e3].norm()) == pytest.approx(reported[1e3], rel=1e-5)
+    assert torch.allclose(left[1e-3], left[1e3] * 1e-3 / reported[1e3], rtol=1e-3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_one_bad_sample_stops_the_run_at_its_step_and_level(value):
+    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
+    clean = list(simple(Plan(steps=4, batch=4), x)[1])
+    step = next(i for i in range(1, 5) if 11 in batch_indices(16, 4, i, 0))
+    lam = float(clean[step - 1].lam[batch_indices(16, 4, step, 0).tolist().index(11)])
+    x[11] = value
+    model, states = simple(Plan(steps=4, batch=4), x)
+    seen, weights = [], []
+
+    def follow():
+        for state in states:
+            seen.append(state.loss)
+            weights[:] = [p.detach().clone() for p in model.parameters()]
+
+    with pytest.raises(NonFinite, match=rf"step {step}:.*non-finite loss: {lam:.2f}\. Non-finite gradients: net\.a"):
+        follow()
+    assert seen == [state.loss for state in clean[: step - 1]]
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), weights, strict=False))
+
+
+def test_a_bad_weight_is_named_with_its_step():
+    model, states = simple(Plan(steps=4, batch=4))
+    next(states)
+    with torch.no_grad():
+        model.net.b[1] = math.nan
+    with pytest.raises(NonFinite, match=r"step 2:.*Non-finite weights: net\.b\."):
+        next(states)
+
+
+@known("gradients are clipped before they are looked at: a NaN norm makes all of them NaN")
+def test_only_the_parameters_with_bad_gradients_are_named():
+    model, states = simple(Plan(steps=4, batch=4))
+    model.net.b.register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(NonFinite, match=r"Non-finite gradients: net\.b\. Non-finite weights: none"):
+        next(states)
+
+
+@known("train mode is set once, before the loop")
+def test_a_caller_that_switches_to_eval_does_not_switch_dropout_off(straight):
+    model, losses = unet(), []
+    for state in train(model, POINTS, Objective(VP()), PLAN, cond=LABELS, seed=5):
+        model.eval()
+        losses.append(state.loss)
+    assert losses == [straight[0][step][0] for step in range(1, 10)]
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    plan, checkpoints = Plan(steps=2, batch=4, every=1), Checkpoints(tmp_path)
+    list(simple(plan, checkpoints=checkpoints, identity={"width": 3, "seed": 1, "net": {"kind": "unet"}})[1])
+    before = tree(tmp_path)
+    for other, key in [
+        ({"width": 4, "seed": 1, "net": {"kind": "unet"}}, "width"),
+        ({"width": 3, "seed": 1, "net": {"kind": "dit"}}, "net"),
+        ({"width": 3, "net": {"kind": "unet"}}, "seed"),
+        ({"width": 3, "seed": 1, "net": {"kind": "unet"}, "patch": 2}, "patch"),
+    ]:
+        with pytest.raises(InputError, match=rf"step-2 belongs to a run with other settings \({key}"):
+            next(simple(plan, checkpoints=checkpoints, identity=other)[1])
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("identity", [{"mults": (1, 2)}, {"step": 0}], ids=["tuple", "step"])
+@known("the identity is compared before JSON has made lists of tuples, and shares its names with the step")
+def test_any_identity_that_json_takes_recognises_its_own_run(identity, tmp_path):
+    plan = Plan(steps=2, batch=4, every=1)
+    for expected in (2, 0):
+        assert len(list(simple(plan, checkpoints=Checkpoints(tmp_path), identity=identity)[1])) == expected
+
+
+@known("the wrapper's `_orig_mod.` is part of the names in a checkpoint")
+@pytest.mark.parametrize("first", ["compiled", "plain"])
+def test_compiled_and_plain_runs_go_on_from_each_other(first, tmp_path):
+    plan = Plan(steps=3, batch=4, every=1)
+    nets = {"compiled": torch.compile(Net(), backend="eager"), "plain": Net()}
+    for name in sorted(nets, key=first.__ne__):
+        for state in simple(plan, net=nets[name], checkpoints=Checkpoints(tmp_path))[1]:
+            if name == first and state.step == 2:
+                break
+    assert state.step == 3
+
+
+@known("safetensors refuses tensors that share memory")
+def test_tied_weights_are_saved(tmp_path):
+    net = Net()
+    net.b = net.a
+    plan = Plan(steps=2, batch=4, every=1)
+    assert len(list(simple(plan, net=net, checkpoints=Checkpoints(tmp_path))[1])) == 2
+
+
+def test_impossible_runs_are_refused_before_they_start(tmp_path):
+    for values in (
+        *({"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"lr": math.nan}, {"warmup": -1}, {"decay": 1.1}, {"clip": 0.0}),
+        *({"weight_decay": -1.0}, {"ema_gamma": -1.0}, {"cond_dropout": 1.5}, {"every": -1}),
+    ):
+        with pytest.raises(InputError, match=next(iter(values))):
+            Plan(**values)
+    with pytest.raises(InputError, match="3 rows for 16"):
+        next(simple(PLAN, cond=Label(3)([0, 1, 2]))[1])
+    with pytest.raises(InputError, match="Eps head"):
+        next(train(Denoiser(Net(), Eps()), torch.zeros(4, 3), Objective(Cosine()), PLAN))
+
+
+# fit and run folders
+
+SETTINGS = {
+    "net": {"kind": "unet", "width": 16, "mults": [1], "dropout": 0.2},
+    "train": {"steps": 8, "batch": 8, "every": 2, "warmup": 2},
+    "held_out": 6,
+    "seed": 3,
+}
+
+
+class Stop(Exception):
+    """A caller that gives up."""
+
+
+def stop_at(step):
+    def progress(state, steps):
+        if state.step == step:
+            raise Stop
+
+    return progress
+
+
+def write_data(folder):
+    g = np.random.default_rng(0)
+    np.savez(folder / "data.npz", x=g.normal(size=(30, 1, 4, 4)).astype("float32"), labels=np.arange(30) % 3)
+    return folder / "data.npz"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that went straight through: its layers without `out`, its folder and its result."""
+    folder = tmp_path_factory.mktemp("fit")
+    layer = {**SETTINGS, "data": str(write_data(folder))}
+    return layer, folder / "run", fit(Config.resolve(layer, {"out": str(folder / "run")}), log_every=2)
+
+
+def at(finished, out, *layers):
+    return Config.resolve(finished[0], *layers, {"out": str(out)})
+
+
+def same_run(a, b):
+    """Two run folders that may differ in their `out` alone."""
+    for part in (f"model/ema-{Plan().ema_gamma}.safetensors", "model/spectrum.safetensors", "metrics.jsonl"):
+        assert (a / part).read_bytes() == (b / part).read_bytes()
+    assert tree(a / "checkpoints") == tree(b / "checkpoints")
+
+
+def test_fit_writes_a_run_folder(finished):
+    layer, out, fitted = finished
+    assert {p.name for p in out.iterdir()} == {"config.toml", "metrics.jsonl", "checkpoints", "model"}
+    assert Checkpoints(out / "checkpoints").steps() == [6, 8]
+    verify(out / "model")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    spectrum, plan = Spectrum.measure(fitted.train.x), fitted.model.config.section("train")
+    for row in rows:
+        assert row["lr"] == plan.rate(row["step"])
+        assert math.isfinite(row["loss"] + row["grad_norm"])
+        assert sum(b["count"] for b in row["bins"]) == 2 * 8
+        assert all(0 < b["linear"] < spectrum.std**2 for b in row["bins"])
+    assert (len(fitted.train), len(fitted.held_out)) == (24, layer["held_out"])
+    assert fitted.model.classes == 3
+
+
+def test_the_written_configuration_is_the_resolved_one_and_rebuilds_the_run(finished, tmp_path):
+    _, out, fitted = finished
+    read = Config.read(out / "config.toml")
+    assert Config.resolve(read).values == fitted.model.config.values
+    assert Config.resolve(Config.read(out / "model/config.toml")).values == fitted.model.config.values
+    assert read["head"]["sigma_data"] == pytest.approx(float(fitted.train.x.std(0, correction=0).mean()), rel=0.1)
+    fit(Config.resolve(read, {"out": str(tmp_path / "again")}), log_every=2)
+    same_run(tmp_path / "again", out)
+
+
+def test_running_again_after_the_end_changes_nothing(finished):
+    _, out, fitted = finished
+    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    before, steps = tree(out), []
+    again = fit(at(finished, out), lambda state, total: steps.append(state), log_every=2)
+    assert steps == []
+    assert tree(out) == before
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == stamps
+    for mine, theirs in zip(again.model.denoiser.parameters(), fitted.model.denoiser.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("stops", [[1], [4], [8], [3, 6]], ids=str)
+def test_a_run_that_stopped_goes_on_as_if_it_had_not(finished, tmp_path, stops):
+    for stop in stops:
+        with pytest.raises(Stop):
+            fit(at(finished, tmp_path / "run"), stop_at(stop), log_every=2)
+        assert not (tmp_path / "run/model").exists()
+    fit(at(finished, tmp_path / "run"), log_every=2)
+    same_run(tmp_path / "run", finished[1])
+
+
+@known("the errors collected since the last line of the log are lost at a stop")
+def test_lines_of_the_log_that_span_a_checkpoint_survive_a_stop(finished, tmp_path):
+    fit(at(finished, tmp_path / "straight"), log_every=3)
+    with pytest.raises(Stop):
+        fit(at(finished, tmp_path / "run"), stop_at(6), log_every=3)
+    fit(at(finished, tmp_path / "run"), log_every=3)
+    same_run(tmp_path / "run", tmp_path / "straight")
+
+
+@known("a torn last line of metrics.jsonl, as a full disk leaves it, stops the run for good")
+def test_a_torn_line_in_the_log_does_not_stop_a_resume(finished, tmp_path):
+    with pytest.raises(Stop):
+        fit(at(finished, tmp_path / "run"), stop_at(5), log_every=2)
+    with open(tmp_path / "run/metrics.jsonl", "a") as f:
+        f.write('{"step": 5, "lo')
+    fit(at(finished, tmp_path / "run"), log_every=2)
+    same_run(tmp_path / "run", finished[1])
+
+
+def test_fit_falls_back_over_a_damaged_checkpoint(finished, tmp_path):
+    with pytest.raises(Stop):
+        fit(at(finished, tmp_path / "run"), stop_at(7), log_every=2)
+    (tmp_path / "run/checkpoints/step-6/optimiser.safetensors").write_bytes(b"\0" * 9)
+    fit(at(finished, tmp_path / "run"), log_every=2)
+    same_run(tmp_path / "run", finished[1])
+
+
+def fit_slowly(config, note):
+    fit(config, lambda state, steps: note.put(state.step), log_every=2)
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(finished, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_train", "tests.test_checkpoint"])
+    for step in (3, 5, 6):
+        note = context.Queue()
+        process = context.Process(target=fit_slowly, args=(at(finished, tmp_path / "run"), note))
+        process.start()
+        while note.get(timeout=60) < step:
+            pass
+        process.kill()
+        process.join()
+    fit(at(finished, tmp_path / "run"), log_every=2)
+    same_run(tmp_path / "run", finished[1])
+
+
+def test_a_lost_model_folder_is_made_again_from_the_checkpoint(finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/model")
+    fit(at(finished, tmp_path / "run"), log_every=2)
+    same_run(tmp_path / "run", finished[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"seed": 4}, "seed"),
+        ({"held_out": 5}, "held_out"),
+        ({"schedule": "cosine"}, "schedule"),
+        *(
+            pytest.param(*case, marks=known("only the family of a differing key is named"))
+            for case in [({"train": {"lr": 1e-3}}, r"train\.lr"), ({"net": {"dropout": 0.1}}, r"net\.dropout")]
+        ),
+    ],
+)
+def test_other_settings_in_the_same_folder_are_refused_by_name(finished, change, key):
+    before = tree(finished[1])
+    with pytest.raises(InputError, match=rf"step-8 belongs to a run with other settings \([^)]*{key}"):
+        fit(at(finished, finished[1], change))
+    assert tree(finished[1]) == before
+
+
+def test_sampling_settings_may_change(finished):
+    fitted = fit(at(finished, finished[1], {"solver": "ddim", "sample": {"steps": 3}}), stop_at(1))
+    assert fitted.model.sample(2, label=1).shape == (2, 1, 4, 4)
+
+
+@known("without checkpoints nothing tells one run from another")
+def test_a_finished_run_without_checkpoints_is_not_overwritten_by_another(finished, tmp_path):
+    fit(at(finished, tmp_path / "run", {"train": {"every": 0}}))
+    before = tree(tmp_path / "run")
+    with pytest.raises(InputError, match="other settings"):
+        fit(at(finished, tmp_path / "run", {"train": {"every": 0, "steps": 3}}))
+    assert tree(tmp_path / "run") == before
+
+
+def test_load_gives_the_model_that_fit_returned(finished):
+    _, out, fitted = finished
+    model = Model.load(out)
+    for (name, mine), theirs in zip(
+        model.denoiser.state_dict().items(), fitted.model.denoiser.state_dict().values(), strict=True
+    ):
+        assert torch.equal(mine, theirs), name
+    averaged = load_file(out / "checkpoints/step-8/ema.safetensors")
+    assert all(torch.equal(v, averaged[k]) for k, v in model.denoiser.state_dict().items())
+    assert not model.denoiser.training
+    assert not any(p.requires_grad for p in model.denoiser.parameters())
+    draw = [m.sample(3, label=[0, 1, 2], steps=4) for m in (model, model, fitted.model)]
+    assert torch.equal(draw[0], draw[1])
+    assert torch.equal(draw[0], draw[2])
+    assert (model.shape, model.classes, model.config.values) == ((1, 4, 4), 3, fitted.model.config.values)
+
+
+@pytest.mark.parametrize("name", ["config.toml", "model.json", "spectrum.safetensors", "ema-*", "manifest.json"])
+def test_a_changed_truncated_or_missing_file_of_a_model_is_named(finished, tmp_path, name):
+    shutil.copytree(finished[1], tmp_path / "run")
+    (path,) = (tmp_path / "run/model").glob(name)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 4
+    for damaged in (flipped, whole[:-1], b"", None):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        with pytest.raises(InputError, match="manifest" if name == "manifest.json" else path.name):
+            Model.load(tmp_path / "run")
+
+
+def test_a_missing_or_unfinished_run_says_what_to_do(finished, tmp_path):
+    with pytest.raises(InputError, match=r"nowhere does not exist.*undiffuse train"):
+        Model.load(tmp_path / "nowhere")
+    with pytest.raises(Stop):
+        fit(at(finished, tmp_path / "run"), stop_at(5))
+    with pytest.raises(InputError, match="no finished model: run its training command again"):
+        Model.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda f: (f / "config.toml").write_text((f / "config.toml").read_text().replace("width = 16", "width = 24")),
+        lambda f: (f / "config.toml").write_text("net = ["),
+        lambda f: (f / "model.json").write_text("{}"),
+        lambda f: (f / "spectrum.safetensors").write_bytes(b"\xff" * 40),
+        *(
+            pytest.param(forge, marks=known("an error of another kind passes through `load`"))
+            for forge in (
+                lambda f: (f / "model.json").write_text("[]"),
+                lambda f: (f / "spectrum.safetensors").unlink(),
+            )
+        ),
+    ],
+    ids=["width", "toml", "keys", "spectrum", "list", "no-spectrum"],
+)
+def test_a_model_that_does_not_fit_together_is_refused_though_its_hashes_are_right(finished, tmp_path, forge):
+    def writer(aside):
+        shutil.copytree(finished[1] / "model", aside, dirs_exist_ok=True)
+        (aside / "manifest.json").unlink()
+        forge(aside)
+
+    commit(tmp_path / "model", writer)
+    with pytest.raises(InputError):
+        Model.load(tmp_path)
+
+
+def settle(tmp_path, x, **layers):
+    """A configuration for an array without labels."""
+    np.save(tmp_path / "x.npy", x)
+    plan = {"steps": 3, "batch": 4, "every": 2}
+    base = {"data": str(tmp_path / "x.npy"), "out": str(tmp_path / "run"), "net": {"width": 16}, "train": plan}
+    return Config.resolve(base, layers)
+
+
+def test_unlabelled_data_in_one_dimension(tmp_path):
+    x = np.random.default_rng(0).normal(size=(20, 2, 9)).astype("float32")
+    fitted = fit(settle(tmp_path, x))
+    assert (len(fitted.train), len(fitted.held_out)) == (16, 4)
+    model = Model.load(tmp_path / "run")
+    draws = model.sample(3, steps=4)
+    assert draws.shape == (3, 2, 9)
+    assert torch.isfinite(draws).all()
+    assert model.classes == 0
+    with pytest.raises(InputError, match="without labels"):
+        model.sample(3, label=0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda x: np.where(np.arange(20)[:, None, None, None] == 7, np.nan, x), "1 samples have NaN.*first is 7"),
+        (lambda x: np.full_like(x, np.inf), "20 samples have NaN or infinite"),
+        (lambda x: np.full_like(x, 0.1), "all samples are the same"),
+        (lambda x: x[:1], "n >= 2"),
+        (lambda x: x[:3], "cannot hold out 0 of 3"),
+    ],
+    ids=["nan", "inf", "constant", "one", "three"],
+)
+def test_data_that_cannot_be_learned_from_is_refused_and_leaves_nothing(tmp_path, spoil, why):
+    x = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype("float32")
+    with pytest.raises(InputError, match=why):
+        fit(settle(tmp_path, spoil(x)))
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
+
+
+def test_heads_that_cannot_start_in_pure_noise_are_refused_and_leave_nothing(tmp_path):
+    x = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype("float32")
+    for schedule in ("cosine", "flow", "sigmoid"):
+        with pytest.raises(InputError, match="Eps head"):
+            fit(settle(tmp_path, x, head="eps", schedule=schedule))
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
+
+
+def test_a_run_that_diverges_stops_and_makes_no_model(tmp_path):
+    x = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype("float32")
+    config = settle(tmp_path, x, train={"steps": 50, "lr": 1e38, "warmup": 0, "every": 1})
+    for _ in range(2):
+        with pytest.raises(NonFinite, match="step"):
+            fit(config)
+        assert not (tmp_path / "run/model").exists()
+
+
+@known("sigma_data is rounded to four decimals, here to 0")
+def test_data_of_small_scale_trains(tmp_path):
+    x = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype("float32")
+    fitted = fit(settle(tmp_path, 1e-5 * x))
+    assert fitted.model.config.values["head"]["sigma_data"] == pytest.approx(fitted.model.spectrum.std, rel=1e-3)
+
+
+@known("fewer samples than the rank of the low-rank spectrum: ValueError in pca_lowrank")
+def test_few_large_samples_train(tmp_path):
+    x = np.random.default_rng(0).normal(size=(20, 1, 46, 46)).astype("float32")
+    fitted = fit(settle(tmp_path, x, net={"width": 16, "patch": 8}, train={"steps": 1}))
+    assert fitted.model.spectrum.std == pytest.approx(float(fitted.train.x.std(0, correction=0).square().mean()) ** 0.5)
+
+
+@known("plain keys are missing from `given`, so that a stated held_out counts as left at its default")
+def test_a_stated_number_of_held_out_samples_is_kept(tmp_path):
+    x = np.random.default_rng(0).normal(size=(30, 1, 4, 4)).astype("float32")
+    train_part, held_out = split(settle(tmp_path, x, held_out=20))
+    assert (len(train_part), len(held_out)) == (10, 20)
+
+
+def test_loss_by_level_of_the_best_linear_denoiser_is_the_linear_loss(finished):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3000, 1, 4, generator=g) * torch.tensor([0.1, 0.5, 1.0, 2.0])
+    spectrum = Spectrum.measure(x)
+    model = replace(finished[2].model, denoiser=Gaussian(spectrum), spectrum=spectrum)
+    rows = loss_by_level(model, Data(x), lams := torch.tensor([-3.0, 0.0, 3.0]))
+    for row, lam in zip(rows, lams, strict=True):
+        assert row["lam"] == float(lam)
+        assert row["linear"] == float(spectrum.linear_loss(Level.at(lam)))
+        assert row["mse"] == pytest.approx(row["linear"], rel=0.06)
+    again = loss_by_level(model, Data(x), lams, batch=7)
+    assert [r["mse"] for r in again] == pytest.approx([r["mse"] for r in rows], rel=1e-6)
