@@ -24,7 +24,7 @@ def main() -> None:
     header = ["variance", "mean, largest error", *(f"std error at {float(s):g}" for s in STD)]
     text = (
         "Data N(0.5, std^2), DDPM's 1,000 linear betas, exact denoiser, started at the exact marginal. `small` "
-        "(beta-tilde) narrows the data, `large` (beta) widens it, `learned` (the exact posterior variance) is right.\n\n"
+        "(beta-tilde) narrows data, `large` (beta) widens it, `learned` (the exact posterior variance) is right.\n\n"
     )
     write("DDPM's chain on Gaussian data", "python benchmarks/ddpm_chain.py", text + table(header, rows))
 

@@ -37,10 +37,6 @@ from undiffuse.train.loop import batch_indices
 from undiffuse.train.objective import LogNormal
 
 
-def known(reason):
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 class Net(nn.Module):
     """Two parameters and no dropout: a step takes no time."""
 
@@ -79,7 +75,7 @@ def unet(weights=0, dropout=0.3, vector=3):
 
 def simple(plan, x=None, net=None, head=None, **kw):
     """A run of a tiny network on data of three elements: its model and its generator."""
-    model = Denoiser(net or Net(), head or V())
+    model = Denoiser(Net() if net is None else net, head or V())
     x = torch.randn(16, 3, generator=torch.Generator().manual_seed(1)) if x is None else x
     return model, train(model, x, Objective(VP()), plan, **kw)
 
@@ -142,7 +138,6 @@ def test_a_damaged_newest_checkpoint_costs_one_interval_and_nothing_else(straigh
     assert tree(tmp_path) == straight[1]
 
 
-@known("`train` drops what `latest` reports about newer checkpoints")
 def test_a_fallback_to_an_older_checkpoint_is_reported(tmp_path, caplog, recwarn, capsys):
     run(tmp_path)
     (tmp_path / "step-9/ema.safetensors").unlink()
@@ -223,11 +218,10 @@ def test_the_rate_warms_up_stays_and_falls_as_a_cosine():
     rates = [plan.rate(step) for step in range(1, 101)]
     assert rates[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
     assert set(rates[10:60]) == {2.0}
-    assert rates[60:] == pytest.approx([1 + math.cos(math.pi * i / 40) for i in range(1, 41)])
+    assert rates[60:] == pytest.approx([1 + math.cos(math.pi * i / 40) for i in range(40)])
     assert [state.lr for state in simple(plan)[1]] == rates
 
 
-@known("the last step of a run without decay has rate 0; a run of one step learns nothing")
 def test_without_decay_the_rate_stays_to_the_end():
     plan = Plan(steps=5, warmup=0, decay=0.0, lr=0.1)
     assert [plan.rate(step) for step in range(1, 6)] == [0.1] * 5
@@ -235,7 +229,7 @@ def test_without_decay_the_rate_stays_to_the_end():
 
 def test_the_first_step_is_adamws():
     """Adam's first move is the rate times the sign of the gradient; decay takes rate x weight_decay of the weights."""
-    model, states = simple(Plan(steps=2, lr=1e-2, warmup=0, weight_decay=0.5, clip=1e9, decay=0.0))
+    model, states = simple(Plan(steps=2, lr=4e-2, warmup=4, weight_decay=0.5, clip=1e9, decay=0.0))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     next(states)
     for name, p in model.named_parameters():
@@ -284,7 +278,6 @@ def test_a_bad_weight_is_named_with_its_step():
         next(states)
 
 
-@known("gradients are clipped before they are looked at: a NaN norm makes all of them NaN")
 def test_only_the_parameters_with_bad_gradients_are_named():
     model, states = simple(Plan(steps=4, batch=4))
     model.net.b.register_hook(lambda grad: grad * math.nan)
@@ -292,7 +285,6 @@ def test_only_the_parameters_with_bad_gradients_are_named():
         next(states)
 
 
-@known("train mode is set once, before the loop")
 def test_a_caller_that_switches_to_eval_does_not_switch_dropout_off(straight):
     model, losses = unet(), []
     for state in train(model, POINTS, Objective(VP()), PLAN, cond=LABELS, seed=5):
@@ -311,20 +303,18 @@ def test_other_settings_are_refused_by_name(tmp_path):
         ({"width": 3, "net": {"kind": "unet"}}, "seed"),
         ({"width": 3, "seed": 1, "net": {"kind": "unet"}, "patch": 2}, "patch"),
     ]:
-        with pytest.raises(InputError, match=rf"step-2 belongs to a run with other settings \({key}"):
+        with pytest.raises(InputError, match=rf"step-2 belongs to a run with other settings: {key}"):
             next(simple(plan, checkpoints=checkpoints, identity=other)[1])
     assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("identity", [{"mults": (1, 2)}, {"step": 0}], ids=["tuple", "step"])
-@known("the identity is compared before JSON has made lists of tuples, and shares its names with the step")
 def test_any_identity_that_json_takes_recognises_its_own_run(identity, tmp_path):
     plan = Plan(steps=2, batch=4, every=1)
     for expected in (2, 0):
         assert len(list(simple(plan, checkpoints=Checkpoints(tmp_path), identity=identity)[1])) == expected
 
 
-@known("the wrapper's `_orig_mod.` is part of the names in a checkpoint")
 @pytest.mark.parametrize("first", ["compiled", "plain"])
 def test_compiled_and_plain_runs_go_on_from_each_other(first, tmp_path):
     plan = Plan(steps=3, batch=4, every=1)
@@ -336,7 +326,6 @@ def test_compiled_and_plain_runs_go_on_from_each_other(first, tmp_path):
     assert state.step == 3
 
 
-@known("safetensors refuses tensors that share memory")
 def test_tied_weights_are_saved(tmp_path):
     net = Net()
     net.b = net.a
@@ -381,7 +370,7 @@ def stop_at(step):
 
 def write_data(folder):
     g = np.random.default_rng(0)
-    np.savez(folder / "data.npz", x=g.normal(size=(30, 1, 4, 4)).astype("float32"), labels=np.arange(30) % 3)
+    np.savez(folder / "data.npz", x=g.normal(0, 0.6, (30, 1, 4, 4)).astype("float32"), labels=np.arange(30) % 3)
     return folder / "data.npz"
 
 
@@ -426,7 +415,8 @@ def test_the_written_configuration_is_the_resolved_one_and_rebuilds_the_run(fini
     read = Config.read(out / "config.toml")
     assert Config.resolve(read).values == fitted.model.config.values
     assert Config.resolve(Config.read(out / "model/config.toml")).values == fitted.model.config.values
-    assert read["head"]["sigma_data"] == pytest.approx(float(fitted.train.x.std(0, correction=0).mean()), rel=0.1)
+    std = float(fitted.train.x.var(0, correction=0).mean()) ** 0.5
+    assert read["head"]["sigma_data"] == pytest.approx(std, rel=1e-3)
     fit(Config.resolve(read, {"out": str(tmp_path / "again")}), log_every=2)
     same_run(tmp_path / "again", out)
 
@@ -453,7 +443,15 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(finished, tmp_path, stops):
     same_run(tmp_path / "run", finished[1])
 
 
-@known("the errors collected since the last line of the log are lost at a stop")
+def test_every_line_of_the_log_is_there_once_after_a_stop(finished, tmp_path):
+    with pytest.raises(Stop):
+        fit(at(finished, tmp_path / "run"), stop_at(5), log_every=1)
+    fit(at(finished, tmp_path / "run"), log_every=1)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [sum(b["count"] for b in row["bins"]) for row in rows] == [8] * 8
+
+
 def test_lines_of_the_log_that_span_a_checkpoint_survive_a_stop(finished, tmp_path):
     fit(at(finished, tmp_path / "straight"), log_every=3)
     with pytest.raises(Stop):
@@ -462,7 +460,6 @@ def test_lines_of_the_log_that_span_a_checkpoint_survive_a_stop(finished, tmp_pa
     same_run(tmp_path / "run", tmp_path / "straight")
 
 
-@known("a torn last line of metrics.jsonl, as a full disk leaves it, stops the run for good")
 def test_a_torn_line_in_the_log_does_not_stop_a_resume(finished, tmp_path):
     with pytest.raises(Stop):
         fit(at(finished, tmp_path / "run"), stop_at(5), log_every=2)
@@ -512,15 +509,13 @@ def test_a_lost_model_folder_is_made_again_from_the_checkpoint(finished, tmp_pat
         ({"seed": 4}, "seed"),
         ({"held_out": 5}, "held_out"),
         ({"schedule": "cosine"}, "schedule"),
-        *(
-            pytest.param(*case, marks=known("only the family of a differing key is named"))
-            for case in [({"train": {"lr": 1e-3}}, r"train\.lr"), ({"net": {"dropout": 0.1}}, r"net\.dropout")]
-        ),
+        ({"train": {"lr": 1e-3}}, r"train\.lr"),
+        ({"net": {"dropout": 0.1}}, r"net\.dropout"),
     ],
 )
 def test_other_settings_in_the_same_folder_are_refused_by_name(finished, change, key):
     before = tree(finished[1])
-    with pytest.raises(InputError, match=rf"step-8 belongs to a run with other settings \([^)]*{key}"):
+    with pytest.raises(InputError, match=rf"other settings: .*{key}"):
         fit(at(finished, finished[1], change))
     assert tree(finished[1]) == before
 
@@ -530,7 +525,6 @@ def test_sampling_settings_may_change(finished):
     assert fitted.model.sample(2, label=1).shape == (2, 1, 4, 4)
 
 
-@known("without checkpoints nothing tells one run from another")
 def test_a_finished_run_without_checkpoints_is_not_overwritten_by_another(finished, tmp_path):
     fit(at(finished, tmp_path / "run", {"train": {"every": 0}}))
     before = tree(tmp_path / "run")
@@ -586,7 +580,7 @@ def test_a_missing_or_unfinished_run_says_what_to_do(finished, tmp_path):
         lambda f: (f / "model.json").write_text("{}"),
         lambda f: (f / "spectrum.safetensors").write_bytes(b"\xff" * 40),
         *(
-            pytest.param(forge, marks=known("an error of another kind passes through `load`"))
+            pytest.param(forge)
             for forge in (
                 lambda f: (f / "model.json").write_text("[]"),
                 lambda f: (f / "spectrum.safetensors").unlink(),
@@ -604,6 +598,20 @@ def test_a_model_that_does_not_fit_together_is_refused_though_its_hashes_are_rig
     commit(tmp_path / "model", writer)
     with pytest.raises(InputError):
         Model.load(tmp_path)
+
+
+def test_labels_reach_the_network(tmp_path):
+    """Two classes at -1 and +1: in almost pure noise the prediction is the mean of the class that is asked for."""
+    labels = np.arange(40) % 2
+    x = np.random.default_rng(0).normal(0, 0.1, (40, 1, 4, 4)) + (2 * labels - 1)[:, None, None, None]
+    np.savez(tmp_path / "x.npz", x=x.astype("float32"), labels=labels)
+    plan = {"steps": 80, "batch": 16, "lr": 1e-2, "warmup": 5, "every": 0}
+    base = {"data": str(tmp_path / "x.npz"), "out": str(tmp_path / "run"), "net": {"width": 16}, "train": plan}
+    model = fit(Config.resolve(base, {"levels": {"kind": "log-normal", "mean": 2.0, "std": 1.0}})).model
+    level, z = Level.at(-3.0), torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    below, above = model.denoiser(level.sigma * z, level, model.cond([0, 1], 2)).mean((1, 2, 3)).tolist()
+    assert below < -0.8
+    assert above > 0.8
 
 
 def settle(tmp_path, x, **layers):
@@ -662,21 +670,18 @@ def test_a_run_that_diverges_stops_and_makes_no_model(tmp_path):
         assert not (tmp_path / "run/model").exists()
 
 
-@known("sigma_data is rounded to four decimals, here to 0")
 def test_data_of_small_scale_trains(tmp_path):
     x = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype("float32")
     fitted = fit(settle(tmp_path, 1e-5 * x))
     assert fitted.model.config.values["head"]["sigma_data"] == pytest.approx(fitted.model.spectrum.std, rel=1e-3)
 
 
-@known("fewer samples than the rank of the low-rank spectrum: ValueError in pca_lowrank")
 def test_few_large_samples_train(tmp_path):
     x = np.random.default_rng(0).normal(size=(20, 1, 46, 46)).astype("float32")
     fitted = fit(settle(tmp_path, x, net={"width": 16, "patch": 8}, train={"steps": 1}))
     assert fitted.model.spectrum.std == pytest.approx(float(fitted.train.x.std(0, correction=0).square().mean()) ** 0.5)
 
 
-@known("plain keys are missing from `given`, so that a stated held_out counts as left at its default")
 def test_a_stated_number_of_held_out_samples_is_kept(tmp_path):
     x = np.random.default_rng(0).normal(size=(30, 1, 4, 4)).astype("float32")
     train_part, held_out = split(settle(tmp_path, x, held_out=20))

@@ -149,6 +149,7 @@ class Config:
                     if type(value) is not type(DEFAULTS[key]):
                         raise InputError(f"{key} must be a {type(DEFAULTS[key]).__name__}, got {value!r}")
                     values[key] = value
+                    stated.add(key)
         for family, kinds in KINDS.items():
             given = dict(values[family])
             kind = given.pop("kind", None)

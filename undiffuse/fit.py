@@ -19,8 +19,10 @@ from undiffuse.level import Level
 from undiffuse.model import Model, assemble
 from undiffuse.sample import Noise
 from undiffuse.spectrum import Spectrum
-from undiffuse.train import EMA, Checkpoints, LevelBins, Objective, TrainState, train
+from undiffuse.train import EMA, Checkpoints, LevelBins, Objective, TrainState, is_sound, same_settings, train
 from undiffuse.types import InputError
+
+NOT_TRAINING = {"out", "solver", "grid", "guidance", "sample"}  # settings that may differ when a run goes on
 
 
 class Fitted(NamedTuple):
@@ -43,8 +45,15 @@ def split(config: Config) -> tuple[Data, Data]:
 def _resume_log(path: Path, step: int) -> None:
     """Keep the log's lines up to the step from which training goes on."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
+        lines = path.read_bytes().decode(errors="replace").splitlines()
+        path.write_text("".join(line + "\n" for line in lines if _step(line) <= step))
+
+
+def _step(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # torn by a full disk
+        return float("inf")
 
 
 def fit(
@@ -62,20 +71,25 @@ def fit(
     spectrum, seed, out = Spectrum.measure(train_part.x), config.values["seed"], Path(config.values["out"])
     if spectrum.std == 0:
         raise InputError(f"{train_part.name}: all samples are the same; there is nothing to learn")
-    config, plan = config.measured(round(spectrum.std, 4)), config.section("train")
+    config, plan = config.measured(float(f"{spectrum.std:.4g}")), config.section("train")
+    identity = json.loads(json.dumps({k: v for k, v in config.values.items() if k not in NOT_TRAINING}))
+    if (out / "config.toml").is_file():
+        was = Config.resolve(Config.read(out / "config.toml")).values
+        same_settings({k: v for k, v in was.items() if k not in NOT_TRAINING}, identity, out)
+        if is_sound(out / "model"):
+            return Fitted(Model.load(out), train_part, held_out)
     torch.manual_seed(seed)
     classes = max(train_part.classes, held_out.classes)
     model = assemble(config, spectrum, classes)
     objective = Objective(model.schedule, config.build("levels"), config.build("weight"), spectrum.std)
     objective.check(model.denoiser)
     cond = None if train_part.labels is None else Label(classes)(train_part.labels)
-    identity = {k: v for k, v in config.values.items() if k not in ("out", "solver", "grid", "guidance", "sample")}
     checkpoints, log = Checkpoints(out / "checkpoints"), out / "metrics.jsonl"
     ema, bins = EMA(model.denoiser, plan.ema_gamma), LevelBins(spectrum)
     first = True
     for state in train(
         model.denoiser, train_part.x, objective, plan, cond=cond, seed=seed, checkpoints=checkpoints,
-        identity=json.loads(json.dumps(identity)), ema=ema,
+        identity=identity, ema=ema,
     ):  # fmt: skip
         if first:
             out.mkdir(parents=True, exist_ok=True)
@@ -83,7 +97,8 @@ def fit(
             _resume_log(log, state.step - 1)
             first = False
         bins.add(state.lam, state.mse)
-        if state.step % log_every == 0 or state.step == plan.steps:
+        saved = plan.every and state.step % plan.every == 0  # so that no line of the log spans a checkpoint
+        if state.step % log_every == 0 or saved or state.step == plan.steps:
             row = {"step": state.step, "loss": state.loss, "grad_norm": state.grad_norm, "lr": state.lr}
             with open(log, "a") as f:
                 f.write(json.dumps({**row, "bins": bins.rows()}) + "\n")
@@ -93,8 +108,7 @@ def fit(
     average = ema.average
     assert isinstance(average, Denoiser)
     model = replace(model, denoiser=average)
-    if not first or not (out / "model").is_dir():
-        model.save(out / "model")
+    model.save(out / "model")
     return Fitted(model, train_part, held_out)
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from undiffuse.cond import Cond, Label
@@ -22,7 +21,7 @@ from undiffuse.sample import State, sample
 from undiffuse.schedule import Schedule
 from undiffuse.solvers import Solver
 from undiffuse.spectrum import Spectrum
-from undiffuse.train import commit, verify
+from undiffuse.train import commit, load_weights, verify, weights
 from undiffuse.types import InputError
 
 
@@ -112,8 +111,7 @@ class Model:
         def write(aside: Path) -> None:
             (aside / "config.toml").write_text(self.config.toml())
             (aside / "model.json").write_text(json.dumps({"classes": self.classes, "shape": self.shape}))
-            weights = {k: v.contiguous() for k, v in self.denoiser.state_dict().items()}
-            save_file(weights, aside / f"ema-{self.config.values['train']['ema_gamma']}.safetensors")
+            save_file(weights(self.denoiser), aside / f"ema-{self.config.values['train']['ema_gamma']}.safetensors")
             self.spectrum.save(aside / "spectrum.safetensors")
 
         commit(folder, write)
@@ -134,11 +132,11 @@ class Model:
             about = json.loads((folder / "model.json").read_text())
             spectrum = Spectrum.load(folder / "spectrum.safetensors")
             model = assemble(config, spectrum, int(about["classes"]))
-            (weights,) = folder.glob("ema-*.safetensors")
-            model.denoiser.load_state_dict(load_file(weights))
-        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            if isinstance(error, InputError):
-                raise
+            (average,) = folder.glob("ema-*.safetensors")
+            load_weights(model.denoiser, average)
+        except InputError:
+            raise
+        except Exception as error:
             raise InputError(f"{folder} holds a model that does not fit its configuration: {error}") from error
         model.denoiser.eval().requires_grad_(False)
         return model

@@ -52,7 +52,7 @@ class Spectrum:
             raise InputError(f"a spectrum needs at least 2 finite samples; got {x.shape[0]}, or NaN among them")
         flat = x.double().reshape(x.shape[0], -1)
         mean, (n, d) = flat.mean(0), flat.shape
-        rank = min(d, rank or (d if d <= 2048 else 256))
+        rank = min(d, rank or (d if d <= 2048 else min(256, n)))
         if d <= 2048:
             values, vectors = torch.linalg.eigh((flat - mean).T @ (flat - mean) / n)
             values, basis = values.flip(0)[:rank].clamp(min=0), vectors.T.flip(0)[:rank]

@@ -29,8 +29,8 @@ from undiffuse import (
     trajectory,
 )
 from undiffuse.sample import moments
-from undiffuse.solvers.adams import moments as phi
-from undiffuse.solvers.adams import weights
+from undiffuse.solvers.exponential import moments as phi
+from undiffuse.solvers.exponential import weights
 
 D64 = torch.float64
 

@@ -46,7 +46,7 @@ class UNet(nn.Module):
         positive = whole and bool(mults) and min(channels, depth, patch, *mults) >= 1 and width >= 8 and vector >= 0
         if dims not in CONV or not positive:
             raise InputError(
-                "UNet needs whole numbers: dims 1, 2 or 3; channels, depth, patch, mults >= 1; width >= 8; vector >= 0. "
+                "UNet needs whole numbers: dims 1 to 3; channels, depth, patch, mults >= 1; width >= 8; vector >= 0. "
                 f"Got dims={dims}, channels={channels}, depth={depth}, patch={patch}, mults={tuple(mults)}, "
                 f"width={width}, vector={vector}"
             )

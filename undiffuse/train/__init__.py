@@ -1,9 +1,9 @@
 """Training: the objective, the loop, the average of the weights, checkpoints."""
 
 from undiffuse.train.bins import LevelBins
-from undiffuse.train.checkpoint import Checkpoints, commit, verify
+from undiffuse.train.checkpoint import Checkpoints, commit, is_sound, load_weights, verify, weights
 from undiffuse.train.ema import EMA
-from undiffuse.train.loop import NonFinite, Plan, TrainState, train
+from undiffuse.train.loop import NonFinite, Plan, TrainState, same_settings, train
 from undiffuse.train.objective import LEVELS, WEIGHTS, Objective
 
 __all__ = [
@@ -17,6 +17,10 @@ __all__ = [
     "Plan",
     "TrainState",
     "commit",
+    "is_sound",
+    "load_weights",
+    "same_settings",
     "train",
     "verify",
+    "weights",
 ]

@@ -11,6 +11,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
 from undiffuse.types import InputError
 
 MANIFEST = "manifest.json"
@@ -36,22 +39,28 @@ def commit(folder: Path, write: Callable[[Path], None]) -> None:
     An older `folder` is replaced only after the new one is durable.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    aside, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
         write(aside)
-        files = sorted(p for p in aside.iterdir() if p.is_file())
+        files = sorted(p for p in aside.rglob("*") if p.is_file())
         for path in files:
             _flush(path)
-        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in files}
+        manifest = {p.relative_to(aside).as_posix(): {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in files}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _flush(aside / MANIFEST)
-        _flush(aside)
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        for path in [*(p for p in aside.rglob("*") if p.is_dir()), aside]:
+            _flush(path)
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
-        aside.rename(folder)
+        try:
+            aside.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
         _flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
@@ -60,22 +69,49 @@ def commit(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def verify(folder: Path) -> None:
-    """InputError naming the first file of `folder` that is missing or differs from its manifest."""
+    """InputError naming the first file of `folder` that is missing, unlisted or different from its manifest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         entries = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()}
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{folder} has no {MANIFEST}: it is not a finished checkpoint or model folder") from error
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except Exception as error:  # a damaged file may be anything: bad UTF-8, deep nesting, infinite sizes
         raise InputError(f"{folder / MANIFEST} is damaged: {error}") from error
     for name, (size, digest) in entries.items():
         path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
             raise InputError(f"{path} is missing, though {MANIFEST} lists it")
-        if path.stat().st_size != size:
-            raise InputError(f"{path} is truncated or changed: {path.stat().st_size} bytes, {size} expected")
-        if _hash(path) != digest:
-            raise InputError(f"{path} was changed: its SHA-256 is not the one in {MANIFEST}")
+        try:
+            if path.stat().st_size != size:
+                raise InputError(f"{path} is truncated or changed: {path.stat().st_size} bytes, {size} expected")
+            if _hash(path) != digest:
+                raise InputError(f"{path} was changed: its SHA-256 is not the one in {MANIFEST}")
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    for path in folder.rglob("*"):
+        if path.is_file() and path.relative_to(folder).as_posix() not in {*entries, MANIFEST}:
+            raise InputError(f"{path} is not listed in {MANIFEST}: the folder was changed; move that file away")
+
+
+def is_sound(folder: Path) -> bool:
+    """Whether `verify` finds nothing wrong."""
+    try:
+        verify(folder)
+    except InputError:
+        return False
+    return True
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module for safetensors: own copies, under the names that it has without `torch.compile`."""
+    return {k.replace("_orig_mod.", ""): v.detach().clone().contiguous() for k, v in module.state_dict().items()}
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load what `weights` gave, compiled or not; raises RuntimeError where names or shapes differ."""
+    stored = load_file(path)
+    names = {k.replace("_orig_mod.", ""): k for k in module.state_dict()}
+    module.load_state_dict({names.get(k, k): v for k, v in stored.items()})
 
 
 class Checkpoints:
@@ -88,12 +124,16 @@ class Checkpoints:
         """The steps for which there is a folder, oldest first."""
         if not self.root.is_dir():
             return []
-        return sorted(int(m[1]) for p in self.root.iterdir() if (m := _STEP.fullmatch(p.name)))
+        return sorted(int(m[1]) for p in self.root.iterdir() if (m := _STEP.fullmatch(p.name)) and p.is_dir())
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Commit step-N, then retire all but the newest `keep`."""
+        """Commit step-N, then retire what is older than the newest `keep` that verify."""
         commit(self.root / f"step-{step}", write)
-        for old in self.steps()[: -self.keep]:
+        older = [n for n in self.steps() if n != step]
+        sound = 1
+        while older and sound < self.keep:
+            sound += is_sound(self.root / f"step-{older.pop()}")
+        for old in older:
             with contextlib.suppress(OSError):
                 trash = self.root / f".trash-{old}"
                 (self.root / f"step-{old}").rename(trash)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from undiffuse.denoise import Denoiser
 from undiffuse.sample import seed_of
-from undiffuse.train.checkpoint import Checkpoints
+from undiffuse.train.checkpoint import Checkpoints, load_weights, weights
 from undiffuse.train.ema import EMA
 from undiffuse.train.objective import Objective
 from undiffuse.types import InputError
@@ -59,9 +60,8 @@ class Plan:
 
     def rate(self, step: int) -> float:
         """The learning rate of step 1, 2, ..., steps."""
-        warm = min(1.0, step / max(1, self.warmup))
-        left = (self.steps - step) / max(1.0, self.decay * self.steps)
-        return self.lr * warm * (0.5 - 0.5 * math.cos(math.pi * min(1.0, max(0.0, left))))
+        left = (self.steps + 1 - step) / (self.decay * self.steps) if self.decay else 1.0
+        return self.lr * min(1.0, step / max(1, self.warmup)) * (0.5 - 0.5 * math.cos(math.pi * min(1.0, left)))
 
 
 class NonFinite(RuntimeError):
@@ -117,32 +117,44 @@ class _Files:
         self.model, self.ema, self.optimiser = model, ema, optimiser
 
     def write(self, folder: Path, step: int, identity: dict[str, Any]) -> None:
-        save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, folder / "model.safetensors")
-        save_file({k: v.contiguous() for k, v in self.ema.average.state_dict().items()}, folder / "ema.safetensors")
+        save_file(weights(self.model), folder / "model.safetensors")
+        save_file(weights(self.ema.average), folder / "ema.safetensors")
         moments = {
             f"{i}.{name}": value.contiguous()
             for i, state in self.optimiser.state_dict()["state"].items()
             for name, value in state.items()
         }
         save_file(moments, folder / "optimiser.safetensors")
-        (folder / "state.json").write_text(json.dumps({"step": step, **identity}))
+        (folder / "state.json").write_text(json.dumps({"step": step, "identity": identity}))
 
     def read(self, folder: Path, identity: dict[str, Any]) -> int:
         known = json.loads((folder / "state.json").read_text())
-        step = int(known.pop("step"))
-        if known != identity:
-            differ = ", ".join(k for k in {**known, **identity} if known.get(k) != identity.get(k))
-            raise InputError(
-                f"{folder} belongs to a run with other settings ({differ}): give another `out`, or delete that run"
-            )
-        self.model.load_state_dict(load_file(folder / "model.safetensors"))
-        self.ema.average.load_state_dict(load_file(folder / "ema.safetensors"))
+        same_settings(known["identity"], identity, folder)
+        load_weights(self.model, folder / "model.safetensors")
+        load_weights(self.ema.average, folder / "ema.safetensors")
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in load_file(folder / "optimiser.safetensors").items():
             i, name = key.split(".", 1)
             state.setdefault(int(i), {})[name] = value
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
-        return step
+        return int(known["step"])
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def same_settings(was: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """InputError naming the settings in which a run differs from the one that `folder` belongs to."""
+    a, b = _flat(was), _flat(now)
+    differ = [f"{k} was {a.get(k)!r}, is {b.get(k)!r}" for k in {**a, **b} if a.get(k) != b.get(k)]
+    if differ:
+        raise InputError(
+            f"{folder} belongs to a run with other settings: {'; '.join(differ)}. Give another `out` or delete that run"
+        )
 
 
 def train(
@@ -173,14 +185,16 @@ def train(
     objective.check(model)
     if cond is not None and len(cond) != len(x):
         raise InputError(f"the condition has {len(cond)} rows for {len(x)} samples")
-    ema, identity = ema or EMA(model, plan.ema_gamma), identity or {}
+    ema, identity = ema or EMA(model, plan.ema_gamma), json.loads(json.dumps(identity or {}))
     optimiser = _optimiser(model, plan)
     files, start = _Files(model, ema, optimiser), 0
     if checkpoints is not None and (found := checkpoints.latest()) is not None:
+        for problem in found[1]:
+            warnings.warn(f"{problem}; going on from {found[0].name}", stacklevel=2)
         start = files.read(found[0], identity)
     device = next(model.parameters()).device
-    model.train()
     for step in range(start + 1, plan.steps + 1):
+        model.train()
         draw = torch.Generator().manual_seed(seed_of(seed, 1, step))
         torch.manual_seed(seed_of(seed, 3, step))  # dropout inside the network
         rows = batch_indices(len(x), plan.batch, step, seed)
@@ -195,9 +209,10 @@ def train(
         loss, mse, lam = objective(model, x0.to(device), eps.to(device), level, c)
         optimiser.zero_grad(set_to_none=True)
         loss.mean().backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         value = float(loss.detach().mean())
         _guard(math.isfinite(value) and math.isfinite(float(norm)), step, loss.detach(), lam, model)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), plan.clip, norm)
         optimiser.step()
         ema.update(step)
         yield TrainState(step, value, float(norm), plan.rate(step), lam, mse.detach().cpu())
