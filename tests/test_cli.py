@@ -53,7 +53,7 @@ def test_train_writes_a_run_folder_and_is_idempotent(trained, run):
 def test_train_refuses_other_settings_in_the_same_folder(trained, run):
     code, _, err = run("train", f"out={trained}", "net.width=24", *TINY[1:])
     assert code == 2
-    assert "other settings (net)" in err
+    assert "other settings: net.width was 16, is 24" in err
 
 
 def test_sample_writes_a_picture_and_says_what_it_cost(trained, run, tmp_path):

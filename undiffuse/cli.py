@@ -6,6 +6,7 @@ import errno
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -301,6 +302,7 @@ def info(
 
 def main() -> None:
     """Entry point: user's mistakes become one line and an exit code, never a traceback."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         code = app(standalone_mode=False)
     except InputError as error:
