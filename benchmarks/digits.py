@@ -25,7 +25,6 @@ def main() -> None:
     rows = []
     for name, solver, steps, grid in (
         ("DDPM, the full chain", DDPM(), 1000, UniformT()),
-        ("DDPM, large variance", DDPM("large"), 1000, UniformT()),
         ("DDPM", DDPM(), 50, None),
         ("DDIM", DDIM(), 50, None),
         ("DPM-Solver++(2M)", DPMpp2M(), 20, None),

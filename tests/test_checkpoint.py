@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +16,11 @@ import pytest
 
 from undiffuse import InputError
 from undiffuse.train import Checkpoints, commit, verify
+
+
+def known(reason):
+    return pytest.mark.xfail(strict=True, reason=reason)
+
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -142,10 +149,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_half_written(fault,
     assert checkpoints.latest() == (tmp_path / "step-2", [])
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [*FAULTS[:3], pytest.param(fail_in_the_rename)],
-)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_failed_replacement_keeps_the_older_folder(fault, tmp_path, monkeypatch):
     commit(tmp_path / "model", write("one"))
     before = tree(tmp_path)
@@ -175,6 +179,28 @@ def test_what_a_dead_process_left_is_ignored(tmp_path):
     checkpoints.save(4, write("four"))
     assert checkpoints.latest() == (tmp_path / "step-4", [])
     assert (tmp_path / "step-4/model.bin").read_text() == "model.bin four"
+
+
+@known("folders aside of dead processes are never removed: every kill in a save costs a checkpoint's space")
+def test_the_next_save_clears_what_dead_processes_left(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, write("one"))
+    for name in (f".step-2.{dead.pid}.tmp", f".step-1.{dead.pid}.old", ".trash-0"):
+        shutil.copytree(tmp_path / "step-1", tmp_path / name)
+    checkpoints.save(3, write("three"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1", "step-3"]
+
+
+@known("a trash folder of the same number stops a checkpoint from being retired")
+def test_left_trash_does_not_stop_retirement(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, write("one"))
+    shutil.copytree(tmp_path / "step-1", tmp_path / ".trash-1")
+    for step in (2, 3):
+        checkpoints.save(step, write(str(step)))
+    assert checkpoints.steps() == [2, 3]
 
 
 def test_an_old_folder_left_by_a_process_of_the_same_number_does_not_stop_a_commit(tmp_path):
@@ -242,7 +268,7 @@ def test_a_file_that_was_empty_must_stay_empty(saved):
     "text",
     [
         *["[]", "3", "null", '{"state.json": 3}', '{"state.json": {}}', '{"a": {"bytes": "x"}}'],
-        *(pytest.param(text) for text in ('{"state.json": {"bytes": 1e999, "sha256": ""}}', "[" * 100_000)),
+        *['{"state.json": {"bytes": 1e999, "sha256": ""}}', "[" * 100_000],
     ],
     ids=lambda text: text[:40],
 )

@@ -169,6 +169,17 @@ def test_the_network_reads_the_same_time_and_x_under_autocast():
         assert torch.equal(a, b)
 
 
+@pytest.mark.xfail(strict=True, reason="a level of shape (b, 1) on the CPU does not meet x0 on another device")
+def test_the_level_goes_to_the_device_of_the_data():
+    """The `meta` device stands for a GPU: it, too, refuses tensors of the CPU that are not 0-dim."""
+    x0, eps = torch.zeros(2, 9, 5, device="meta")
+    model = Denoiser(nn.Linear(5, 5, device="meta"), V())
+    model.net.forward = lambda x, time, cond: nn.functional.linear(x, model.net.weight)
+    got = Objective(VP())(model, x0, eps, Level.at(LAMS))
+    assert got.loss.device.type == got.mse.device.type == "meta"
+    assert torch.allclose(got.lam, LAMS)
+
+
 def uniform(objective, level):
     """The u in (0, 1) from which the inverse CDF made these levels."""
     if isinstance(objective.levels, LogNormal):
@@ -265,6 +276,13 @@ def test_heads_that_need_a_signal_are_refused_where_the_schedule_has_none(schedu
         objective.check(silent(head))
     for other in (VP(), Discrete.linear(), EDM()):
         Objective(other, LEVELS[levels]()).check(silent(Eps()))
+
+
+@pytest.mark.xfail(strict=True, reason="EDMPrecond takes any sigma_data; 0 divides by zero at the first step")
+@pytest.mark.parametrize("sd", [0.0, -0.5, math.nan])
+def test_an_impossible_sigma_data_is_refused(sd):
+    with pytest.raises(InputError, match="sigma_data"):
+        EDMPrecond(sd)
 
 
 def test_learned_variance_and_impossible_levels_are_refused():

@@ -1,10 +1,13 @@
 """The loop and `fit`: exact resume, the order of samples, rates, NaN, run folders."""
 
+import contextlib
+import errno
 import json
 import math
 import multiprocessing
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +38,10 @@ from undiffuse.nets import UNet
 from undiffuse.train import EMA, Checkpoints, NonFinite, Objective, Plan, commit, train, verify
 from undiffuse.train.loop import batch_indices
 from undiffuse.train.objective import LogNormal
+
+
+def known(reason):
+    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 class Net(nn.Module):
@@ -421,6 +428,14 @@ def test_the_written_configuration_is_the_resolved_one_and_rebuilds_the_run(fini
     same_run(tmp_path / "again", out)
 
 
+@known("held_out is written as its default and counts as stated when read: more than there is")
+def test_the_written_configuration_rebuilds_a_run_whose_held_out_samples_were_not_stated(tmp_path):
+    x = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype("float32")
+    fit(settle(tmp_path, x))
+    fit(Config.resolve(Config.read(tmp_path / "run/config.toml"), {"out": str(tmp_path / "again")}))
+    same_run(tmp_path / "again", tmp_path / "run")
+
+
 def test_running_again_after_the_end_changes_nothing(finished):
     _, out, fitted = finished
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
@@ -465,6 +480,26 @@ def test_a_torn_line_in_the_log_does_not_stop_a_resume(finished, tmp_path):
         fit(at(finished, tmp_path / "run"), stop_at(5), log_every=2)
     with open(tmp_path / "run/metrics.jsonl", "a") as f:
         f.write('{"step": 5, "lo')
+    fit(at(finished, tmp_path / "run"), log_every=2)
+    same_run(tmp_path / "run", finished[1])
+
+
+@known("config.toml and metrics.jsonl are emptied before they are written anew")
+@pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl"])
+def test_a_disk_that_is_full_at_a_resume_costs_nothing(finished, tmp_path, monkeypatch, name):
+    real = Path.write_text
+
+    def write_text(self, data, *args, **kw):
+        if self.name == name:
+            real(self, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, data, *args, **kw)
+
+    with pytest.raises(Stop):
+        fit(at(finished, tmp_path / "run"), stop_at(5), log_every=2)
+    with monkeypatch.context() as patch, contextlib.suppress(OSError):
+        patch.setattr(Path, "write_text", write_text)
+        fit(at(finished, tmp_path / "run"), log_every=2)
     fit(at(finished, tmp_path / "run"), log_every=2)
     same_run(tmp_path / "run", finished[1])
 
@@ -520,9 +555,21 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(finished, change,
     assert tree(finished[1]) == before
 
 
+@known("a finished run comes back with the sampling settings of its own config.toml, not the ones asked for")
 def test_sampling_settings_may_change(finished):
     fitted = fit(at(finished, finished[1], {"solver": "ddim", "sample": {"steps": 3}}), stop_at(1))
     assert fitted.model.sample(2, label=1).shape == (2, 1, 4, 4)
+    assert fitted.model.config.values["solver"]["kind"] == "ddim"
+    assert fitted.model.config.values["sample"]["steps"] == 3
+
+
+@known("the samples themselves are not part of what identifies a run")
+def test_other_data_under_the_same_name_is_refused(tmp_path):
+    x = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype("float32")
+    with pytest.raises(Stop):
+        fit(settle(tmp_path, x, head="v"), stop_at(3))
+    with pytest.raises(InputError, match="data"):
+        fit(settle(tmp_path, 1 - x, head="v"))
 
 
 def test_a_finished_run_without_checkpoints_is_not_overwritten_by_another(finished, tmp_path):

@@ -45,7 +45,7 @@ class SampleConfig:
     steps: int = 20
     seed: int = 0
     batch: int = 256
-    rows: int = 16
+    rows: int = 64
 
     def __post_init__(self) -> None:
         for name in ("n", "steps", "batch"):
