@@ -55,6 +55,11 @@ class Level:
         """log(alpha / sigma), half the log signal-to-noise ratio; -inf at pure noise, +inf at clean data."""
         return self.alpha.log() - self.sigma.log()
 
+    @cached_property
+    def is_clean(self) -> bool:
+        """Whether sigma = 0, for any sample: a step that ends here adds no noise and extrapolates nothing."""
+        return not bool(self.sigma.all())
+
     def reshape(self, *shape: int) -> Level:
         """The same level with its tensors reshaped, e.g. `(-1, 1, 1, 1)` to give each of b images its own."""
         return Level(self.alpha.reshape(*shape), self.sigma.reshape(*shape))

@@ -65,7 +65,7 @@ class Adams:
         if self.eta:
             decay = decay * torch.exp(-(self.eta**2) * h)
         terms = [(decay, x), *self._terms(evals, now, then, kappa)]
-        if self.eta and (then.sigma > 0).all():
+        if self.eta and not then.is_clean:
             terms.append((then.sigma * (-torch.expm1(-2 * self.eta**2 * h)).sqrt(), noise()))
         return combine(*terms), new
 

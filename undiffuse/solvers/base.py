@@ -21,15 +21,16 @@ class Eval(NamedTuple):
 
 def combine(*terms: tuple[Tensor, Tensor]) -> Tensor:
     """The sum of coefficient * tensor: one pass over memory a term where the coefficients are numbers."""
-    c, x = terms[0]
-    if all(c.ndim == 0 and not c.requires_grad for c, _ in terms):
-        total = x * float(c)
-        for c, x in terms[1:]:
-            total = total.add_(x, alpha=float(c))
-        return total
-    total = c * x
-    for c, x in terms[1:]:
-        total = total + c * x
+    total: Tensor | None = None
+    for c, x in terms:
+        number = c.ndim == 0 and not c.requires_grad
+        if total is None:
+            total = x * (float(c) if number else c)
+        elif number:
+            total.add_(x, alpha=float(c))
+        else:
+            total = total + c * x
+    assert total is not None
     return total
 
 

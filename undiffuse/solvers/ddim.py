@@ -41,6 +41,6 @@ class DDIM:
         fresh = -(self.eta**2) * torch.expm1(2 * (now.lam - then.lam))
         keep = then.sigma * (1 - fresh).sqrt() / now.sigma
         terms = [(keep, x), (then.alpha - keep * now.alpha, x0)]
-        if (then.sigma > 0).all():
+        if not then.is_clean:
             terms.append((then.sigma * fresh.sqrt(), noise()))
         return combine(*terms), Eval(now, x, x0)

@@ -43,7 +43,7 @@ class DDPM:
             if self.variance == "large":
                 std = reverse_bounds(now, then)[1].sqrt()
         terms = [(c_x, x), (c_x0, x0)]
-        if (then.sigma > 0).all():
+        if not then.is_clean:
             terms.append((std, noise()))
         return combine(*terms), Eval(now, x, x0)
 

@@ -31,7 +31,7 @@ class DPMpp2M:
     ) -> tuple[Tensor, Eval]:
         x0, minus_h, ratio = denoise(x, now), now.lam - then.lam, then.sigma / now.sigma
         fall = then.alpha * torch.expm1(minus_h)
-        if not past or not then.sigma.all():
+        if not past or then.is_clean:
             return combine((ratio, x), (-fall, x0)), Eval(now, x, x0)
         slope = fall * minus_h / (2 * (past[0].level.lam - now.lam))  # fall / (2 r), 0 after a start at alpha = 0
         return combine((ratio, x), (-(fall + slope), x0), (slope, past[0].x0)), Eval(now, x, x0)
