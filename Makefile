@@ -23,7 +23,7 @@ demo: .venv/.base
 	$(BIN)/undiffuse demo
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

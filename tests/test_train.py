@@ -147,14 +147,6 @@ def test_a_damaged_newest_checkpoint_costs_one_interval_and_nothing_else(straigh
     assert tree(tmp_path) == straight[1]
 
 
-def test_a_fallback_to_an_older_checkpoint_is_reported(tmp_path, caplog, recwarn, capsys):
-    run(tmp_path)
-    (tmp_path / "step-9/ema.safetensors").unlink()
-    run(tmp_path)
-    said = [caplog.text, *(str(w.message) for w in recwarn), *capsys.readouterr()]
-    assert any("step-9" in text for text in said)
-
-
 def test_eight_points_are_learned_by_heart():
     """A UNet ends far below the best linear denoiser of eight points; their ideal denoiser's error is nearly 0 here."""
     x, level = POINTS[:8], Level.at(1.0)
