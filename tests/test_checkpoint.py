@@ -17,11 +17,6 @@ import pytest
 from undiffuse import InputError
 from undiffuse.train import Checkpoints, commit, verify
 
-
-def known(reason):
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -181,7 +176,6 @@ def test_what_a_dead_process_left_is_ignored(tmp_path):
     assert (tmp_path / "step-4/model.bin").read_text() == "model.bin four"
 
 
-@known("folders aside of dead processes are never removed: every kill in a save costs a checkpoint's space")
 def test_the_next_save_clears_what_dead_processes_left(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -193,7 +187,6 @@ def test_the_next_save_clears_what_dead_processes_left(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1", "step-3"]
 
 
-@known("a trash folder of the same number stops a checkpoint from being retired")
 def test_left_trash_does_not_stop_retirement(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, write("one"))

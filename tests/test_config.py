@@ -43,9 +43,9 @@ def test_a_word_is_short_for_a_kind_and_changing_the_kind_forgets_its_settings()
 
 
 def test_the_heads_sigma_data_is_measured_unless_stated():
-    assert resolve().measured(0.7).build("head") == EDMPrecond(0.7)
-    assert resolve("head.sigma_data=0.3").measured(0.7).build("head") == EDMPrecond(0.3)
-    assert "sigma_data" not in resolve("head=v").measured(0.7).values["head"]
+    assert resolve().measured(0.7, 100).build("head") == EDMPrecond(0.7)
+    assert resolve("head.sigma_data=0.3").measured(0.7, 100).build("head") == EDMPrecond(0.3)
+    assert "sigma_data" not in resolve("head=v").measured(0.7, 100).values["head"]
 
 
 @pytest.mark.parametrize(

@@ -167,11 +167,11 @@ class Config:
             config.section(section)
         return config
 
-    def measured(self, sigma_data: float) -> Config:
-        """The same with the head's sigma_data set to the data's, unless it was stated."""
-        if "sigma_data" not in self.values["head"] or "head.sigma_data" in self.given:
-            return self
-        values = {**self.values, "head": {**self.values["head"], "sigma_data": sigma_data}}
+    def measured(self, sigma_data: float, held_out: int) -> Config:
+        """The same completed from the data: `held_out`, and the head's sigma_data unless it was stated."""
+        values = {**self.values, "held_out": held_out}
+        if "sigma_data" in self.values["head"] and "head.sigma_data" not in self.given:
+            values["head"] = {**self.values["head"], "sigma_data": sigma_data}
         return Config(values, self.given)
 
     def build(self, family: str, **extra: Any) -> Any:

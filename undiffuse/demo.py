@@ -68,8 +68,8 @@ def clear(out: Path) -> None:
         raise InputError(f"{out} exists and is not a run folder of undiffuse: give another with --out")
     for name in ("checkpoints", "model", "samples"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("config.toml", "metrics.jsonl", "samples.png", "denoising.gif", "levels.png", "distances.png",
-                 "report.html", "result.json"):  # fmt: skip
+    texts, pictures = "config.toml data.sha256 metrics.jsonl report.html result.json", "samples levels distances"
+    for name in [*texts.split(), "denoising.gif", *(f"{p}.png" for p in pictures.split())]:
         (out / name).unlink(missing_ok=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,17 @@ from undiffuse.level import Level
 from undiffuse.model import Model, assemble
 from undiffuse.sample import Noise
 from undiffuse.spectrum import Spectrum
-from undiffuse.train import EMA, Checkpoints, LevelBins, Objective, TrainState, is_sound, same_settings, train
+from undiffuse.train import (
+    EMA,
+    Checkpoints,
+    LevelBins,
+    Objective,
+    TrainState,
+    is_sound,
+    replace_text,
+    same_settings,
+    train,
+)
 from undiffuse.types import InputError
 
 NOT_TRAINING = {"out", "solver", "grid", "guidance", "sample"}  # settings that may differ when a run goes on
@@ -46,7 +57,7 @@ def _resume_log(path: Path, step: int) -> None:
     """Keep the log's lines up to the step from which training goes on."""
     if path.exists():
         lines = path.read_bytes().decode(errors="replace").splitlines()
-        path.write_text("".join(line + "\n" for line in lines if _step(line) <= step))
+        replace_text(path, "".join(line + "\n" for line in lines if _step(line) <= step))
 
 
 def _step(line: str) -> float:
@@ -71,13 +82,17 @@ def fit(
     spectrum, seed, out = Spectrum.measure(train_part.x), config.values["seed"], Path(config.values["out"])
     if spectrum.std == 0:
         raise InputError(f"{train_part.name}: all samples are the same; there is nothing to learn")
-    config, plan = config.measured(float(f"{spectrum.std:.4g}")), config.section("train")
+    config = config.measured(float(f"{spectrum.std:.4g}"), len(held_out))
+    plan = config.section("train")
+    fingerprint = hashlib.sha256(train_part.x.numpy().tobytes()).hexdigest()
     identity = json.loads(json.dumps({k: v for k, v in config.values.items() if k not in NOT_TRAINING}))
     if (out / "config.toml").is_file():
         was = Config.resolve(Config.read(out / "config.toml")).values
         same_settings({k: v for k, v in was.items() if k not in NOT_TRAINING}, identity, out)
+        if (out / "data.sha256").is_file() and (out / "data.sha256").read_text().strip() != fingerprint:
+            raise InputError(f"{out} was trained on other data of the same name: give another `out` or delete that run")
         if is_sound(out / "model"):
-            return Fitted(Model.load(out), train_part, held_out)
+            return Fitted(replace(Model.load(out), config=config), train_part, held_out)
     torch.manual_seed(seed)
     classes = max(train_part.classes, held_out.classes)
     model = assemble(config, spectrum, classes)
@@ -93,7 +108,8 @@ def fit(
     ):  # fmt: skip
         if first:
             out.mkdir(parents=True, exist_ok=True)
-            (out / "config.toml").write_text(config.toml())
+            replace_text(out / "config.toml", config.toml())
+            replace_text(out / "data.sha256", fingerprint + "\n")
             _resume_log(log, state.step - 1)
             first = False
         bins.add(state.lam, state.mse)

@@ -64,6 +64,10 @@ class Level:
         """The same level with its tensors reshaped, e.g. `(-1, 1, 1, 1)` to give each of b images its own."""
         return Level(self.alpha.reshape(*shape), self.sigma.reshape(*shape))
 
+    def to(self, device: torch.device | str) -> Level:
+        """The same level with its tensors on another device, to meet data there; 0-dim ones may stay on the CPU."""
+        return Level(self.alpha.to(device), self.sigma.to(device))
+
     def diffuse(self, x0: Tensor, eps: Tensor) -> Tensor:
         """A draw of q(x_t | x0) = N(alpha x0, sigma^2) from standard normal `eps`; same shape and dtype as x0."""
         return (self.alpha * x0 + self.sigma * eps).to(x0.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from undiffuse.level import Kind, Level, Space, skip_out
 from undiffuse.schedule import Discrete
+from undiffuse.types import InputError
 
 
 class Clock(Protocol):
@@ -126,6 +127,10 @@ class EDMPrecond:
     sigma_data: float = 0.5
     clock: Clock = field(default_factory=LogNSR)
     needs_alpha: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.sigma_data > 0:
+            raise InputError(f"EDMPrecond needs sigma_data > 0, the std of the data; got {self.sigma_data}")
 
     def c_in(self, lv: Level) -> Tensor:
         return (lv.alpha**2 * self.sigma_data**2 + lv.sigma**2).rsqrt()

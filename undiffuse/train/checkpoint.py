@@ -17,7 +17,28 @@ from torch import Tensor, nn
 from undiffuse.types import InputError
 
 MANIFEST = "manifest.json"
-_STEP = re.compile(r"step-(\d+)")
+_STEP, _ASIDE = re.compile(r"step-(\d+)"), re.compile(r"\.step-\d+\.(\d+)\.(?:tmp|old)")
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_text(text)
+        _flush(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
@@ -128,6 +149,7 @@ class Checkpoints:
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """Commit step-N, then retire what is older than the newest `keep` that verify."""
+        self._sweep()
         commit(self.root / f"step-{step}", write)
         older = [n for n in self.steps() if n != step]
         sound = 1
@@ -136,8 +158,15 @@ class Checkpoints:
         for old in older:
             with contextlib.suppress(OSError):
                 trash = self.root / f".trash-{old}"
+                shutil.rmtree(trash, ignore_errors=True)
                 (self.root / f"step-{old}").rename(trash)
                 shutil.rmtree(trash)
+
+    def _sweep(self) -> None:
+        """Remove what killed processes of this machine left aside."""
+        for path in self.root.glob(".*") if self.root.is_dir() else ():
+            if path.name.startswith(".trash-") or ((m := _ASIDE.fullmatch(path.name)) and not _alive(int(m[1]))):
+                shutil.rmtree(path, ignore_errors=True)
 
     def latest(self) -> tuple[Path, list[str]] | None:
         """The newest checkpoint that verifies, and what was wrong with newer ones; None if there is none."""

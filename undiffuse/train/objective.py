@@ -117,7 +117,7 @@ class Objective:
 
     def __call__(self, model: Denoiser, x0: Tensor, eps: Tensor, level: Level, cond: Any = None) -> Loss:
         """The error at x = alpha x0 + sigma eps; level (b,), computed in float32 around the network."""
-        wide = level.reshape(-1, *[1] * (x0.ndim - 1))
+        wide = level.reshape(-1, *[1] * (x0.ndim - 1)).to(x0.device)
         answer = model.answer(wide.diffuse(x0, eps), wide, cond)
         error = (answer.float() - target(model.head, x0, eps, wide)).square().flatten(1).mean(1)
         weight = loss_weight(model.head, level, self.weight(level, self.sigma_data)).to(error)
