@@ -300,11 +300,16 @@ def info(
         console.print(f"{family}: {', '.join(names)}")
 
 
+INTERRUPTED = "interrupted; the same command goes on from the newest checkpoint (one every `train.every` steps)"
+
+
 def main() -> None:
     """Entry point: user's mistakes become one line and an exit code, never a traceback."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         code = app(standalone_mode=False)
+        if code == 130:
+            code = _fail(INTERRUPTED, 130)
     except InputError as error:
         code = _fail(str(error), 2)
     except UsageError as error:
@@ -312,7 +317,7 @@ def main() -> None:
     except NonFinite as error:
         code = _fail(str(error), 1)
     except (typer.Abort, KeyboardInterrupt):
-        code = _fail("interrupted; run the same command again to go on", 130)
+        code = _fail(INTERRUPTED, 130)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             code = _fail(f"the disk is full ({error.filename or 'while writing'}): free space and run it again", 75)

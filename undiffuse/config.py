@@ -158,6 +158,8 @@ class Config:
             values[family] = {"kind": kind, **_check(family, kinds[kind], given)}
         for section, make in SECTIONS.items():
             values[section] = _check(section, make, values[section])
+        if not values["out"].strip():
+            raise InputError("out must name a run folder, got an empty string")
         if values["held_out"] < 1:
             raise InputError(f"held_out must be >= 1 sample, got {values['held_out']}")
         config = Config(values, frozenset(stated))

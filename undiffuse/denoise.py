@@ -152,7 +152,7 @@ class Mixture(_Exact):
             raise InputError("a mixture needs components of one dimension and rank, all with a basis or all without")
         n = len(components)
         w = torch.full((n,), 1 / n).double() if weights is None else torch.as_tensor(weights, dtype=torch.float64)
-        if w.shape != (n,) or bool((w <= 0).any()):
+        if w.shape != (n,) or not bool((w > 0).all()):
             raise InputError(f"weights must be {n} numbers > 0, got {w.tolist()}")
         bases = [c.basis.double() for c in components if c.basis is not None]
         self.register_buffer("means", torch.stack([c.mean for c in components]))

@@ -151,6 +151,10 @@ class Indexed:
     T: int = 1000
     offset: int = 0
 
+    def __post_init__(self) -> None:
+        if self.spacing not in ("trailing", "leading", "linspace") or self.T < 1:
+            raise InputError(f"Indexed needs spacing trailing, leading or linspace and T >= 1, got {self}")
+
     def indices(self, steps: int) -> list[int]:
         """The integers visited, noisiest first."""
         if _steps(steps) > self.T:
