@@ -1,6 +1,6 @@
 """The demo's model sampled with the full 1,000-step DDPM chain and with few-step solvers: distances to held-out digits.
 
-Needs a finished run folder (default runs/demo, from `make demo`).
+Needs a finished run folder (default runs/demo, from `make demo`); a second argument bounds the number of samples.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from common import table, write
 
 from undiffuse import DDIM, DDPM, DPMpp2M, UniformT
+from undiffuse.data import Data
 from undiffuse.evals import Reader, distances
 from undiffuse.fit import split
 from undiffuse.model import Model
@@ -22,6 +23,8 @@ def main() -> None:
     model = Model.load(run)
     train, held_out = split(model.config)
     reader = Reader(held_out)
+    if len(sys.argv) > 2:
+        held_out = Data(held_out.x[: int(sys.argv[2])], held_out.labels[: int(sys.argv[2])])
     rows = []
     for name, solver, steps, grid in (
         ("DDPM, the full chain", DDPM(), 1000, UniformT()),
@@ -52,7 +55,11 @@ def main() -> None:
     header = ["solver", "steps", "Frechet", "1000 x kernel", "read as its class (w = 1)", "ms an image"]
     n = len(held_out)
     text = f"{n} conditional samples (w = 1) against {n} held-out digits of the same classes, on pixels.\n\n"
-    write("Digits, the full chain", f"python benchmarks/digits.py {run}", text + table(header, rows))
+    write(
+        "Digits, the full chain",
+        " ".join(["python benchmarks/digits.py", str(run), *sys.argv[2:]]),
+        text + table(header, rows),
+    )
 
 
 if __name__ == "__main__":

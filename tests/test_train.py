@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -502,7 +503,11 @@ def test_fit_falls_back_over_a_damaged_checkpoint(finished, tmp_path):
 
 
 def fit_slowly(config, note):
-    fit(config, lambda state, steps: note.put(state.step), log_every=2)
+    def progress(state, steps):
+        note.put(state.step)
+        time.sleep(0.05)
+
+    fit(config, progress, log_every=2)
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(finished, tmp_path):
@@ -512,8 +517,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(finished, tmp_path):
         note = context.Queue()
         process = context.Process(target=fit_slowly, args=(at(finished, tmp_path / "run"), note))
         process.start()
-        while note.get(timeout=60) < step:
-            pass
+        while process.is_alive() and (note.empty() or note.get() < step):
+            time.sleep(0.001)
+        assert process.is_alive()
         process.kill()
         process.join()
     fit(at(finished, tmp_path / "run"), log_every=2)
