@@ -187,6 +187,14 @@ def test_the_next_save_clears_what_dead_processes_left(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1", "step-3"]
 
 
+def test_the_next_save_clears_what_an_earlier_process_of_its_own_number_left(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, write("one"))
+    shutil.copytree(tmp_path / "step-1", tmp_path / f".step-2.{os.getpid()}.tmp")
+    checkpoints.save(3, write("three"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1", "step-3"]
+
+
 def test_left_trash_does_not_stop_retirement(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, write("one"))

@@ -565,6 +565,16 @@ def test_other_data_under_the_same_name_is_refused(tmp_path):
         fit(settle(tmp_path, 1 - x, head="v"))
 
 
+def test_other_labels_under_the_same_name_are_refused(tmp_path):
+    layer = {**SETTINGS, "data": str(write_data(tmp_path)), "out": str(tmp_path / "run")}
+    with pytest.raises(Stop):
+        fit(Config.resolve(layer), stop_at(3))
+    with np.load(tmp_path / "data.npz") as was:
+        np.savez(tmp_path / "data.npz", x=was["x"], labels=(was["labels"] + 1) % 3)
+    with pytest.raises(InputError, match="data"):
+        fit(Config.resolve(layer))
+
+
 def test_a_finished_run_without_checkpoints_is_not_overwritten_by_another(finished, tmp_path):
     fit(at(finished, tmp_path / "run", {"train": {"every": 0}}))
     before = tree(tmp_path / "run")

@@ -84,7 +84,10 @@ def fit(
         raise InputError(f"{train_part.name}: all samples are the same; there is nothing to learn")
     config = config.measured(float(f"{spectrum.std:.4g}"), len(held_out))
     plan = config.section("train")
-    fingerprint = hashlib.sha256(train_part.x.numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(train_part.x.numpy().tobytes())
+    if train_part.labels is not None:
+        digest.update(train_part.labels.numpy().tobytes())
+    fingerprint = digest.hexdigest()
     identity = json.loads(json.dumps({k: v for k, v in config.values.items() if k not in NOT_TRAINING}))
     if (out / "config.toml").is_file():
         was = Config.resolve(Config.read(out / "config.toml")).values

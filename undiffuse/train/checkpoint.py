@@ -21,9 +21,11 @@ _STEP, _ASIDE = re.compile(r"step-(\d+)"), re.compile(r"\.step-\d+\.(\d+)\.(?:tm
 
 
 def _alive(process: int) -> bool:
+    if process == os.getpid():  # in a container every run may have this number: nothing of ours is aside between saves
+        return False
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
