@@ -680,6 +680,8 @@ def test_unlabelled_data_in_one_dimension(tmp_path):
     draws = model.sample(3, steps=4)
     assert draws.shape == (3, 2, 9)
     assert torch.isfinite(draws).all()
+    assert torch.equal(draws, fitted.model.sample(3, steps=4))
+    assert len({tuple(x.flatten().tolist()) for x in draws}) == 3
     assert model.classes == 0
     with pytest.raises(InputError, match="without labels"):
         model.sample(3, label=0)

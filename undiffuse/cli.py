@@ -117,17 +117,15 @@ def _show(result: demo_module.Result) -> None:
     table = Table(title="Squared error of x0 on held-out digits", title_justify="left")
     for name in ("lam", "network", "best linear denoiser", "ratio"):
         table.add_column(name, justify="right")
-    for r in result.levels:
-        table.add_row(f"{r['lam']:+.0f}", f"{r['mse']:.4f}", f"{r['linear']:.4f}", f"{r['mse'] / r['linear']:.2f}")
+    for lam, _, network, linear, ratio in result.level_rows():
+        table.add_row(lam, network, linear, ratio)
     console.print(table)
     table = Table(title="Frechet / 1000 x kernel distance to held-out digits (pixels, w = 1)", title_justify="left")
     table.add_column("solver")
     for n in demo_module.STEPS:
         table.add_column(f"{n} steps", justify="right")
-    for solver, row in result.table.items():
-        table.add_row(solver, *(f"{row[n].frechet:.2f} / {1000 * row[n].kernel:.1f}" for n in demo_module.STEPS))
-    floor = f"{result.floor.frechet:.2f} / {1000 * result.floor.kernel:.1f}"
-    table.add_row("real against real", *[floor] * len(demo_module.STEPS))
+    for row in result.distance_rows():
+        table.add_row(*row)
     console.print(table)
     for w, share in result.recognised.items():
         console.print(f"{100 * share:.1f} % of {result.samples:,} samples at w = {w:g} are read as their class")

@@ -76,7 +76,7 @@ FROM_DATA = {"channels", "dims", "vector", "learned_variance"}  # set by the dat
 
 
 def _simple(annotation: Any) -> bool:
-    if get_origin(annotation) in (tuple, list, Sequence) or get_origin(annotation) is Sequence:
+    if get_origin(annotation) in (tuple, list, Sequence):
         return all(_simple(a) for a in get_args(annotation) if a is not Ellipsis)
     return get_origin(annotation) is Literal or annotation in (int, float, bool, str)
 

@@ -32,7 +32,7 @@ PRESET: dict[str, Any] = {
     "guidance": {"kind": "cfg", "w": 2.0},
 }
 SOLVERS: dict[str, Solver] = {"DDPM": DDPM(), "DDIM": DDIM(), "DPM-Solver++(2M)": DPMpp2M()}
-STEPS = (5, 10, 20, 50)
+STEPS, PATH_STEPS = (5, 10, 20, 50), 32
 LAMS = torch.tensor([-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0])
 
 
@@ -50,6 +50,22 @@ class Result(NamedTuple):
     seconds_per_image: float
     copies: float
     folder: Path
+
+    def level_rows(self) -> list[list[str]]:
+        """lam, sigma / alpha, the network's error, the best linear denoiser's, their ratio; as text."""
+        return [
+            [f"{r['lam']:+.0f}", f"{np.exp(-r['lam']):.3g}", f"{r['mse']:.4f}", f"{r['linear']:.4f}",
+             f"{r['mse'] / r['linear']:.2f}"] for r in self.levels
+        ]  # fmt: skip
+
+    def distance_rows(self) -> list[list[str]]:
+        """A row a solver and the floor: Frechet / 1000 x kernel distance at each number of steps; as text."""
+
+        def pair(d: Distances) -> str:
+            return f"{d.frechet:.2f} / {1000 * d.kernel:.1f}"
+
+        solvers = [[name, *(pair(row[n]) for n in STEPS)] for name, row in self.table.items()]
+        return [*solvers, ["real against real", *[pair(self.floor)] * len(STEPS)]]
 
     def json(self) -> dict[str, Any]:
         """As plain data."""
@@ -88,7 +104,7 @@ def copy_ratio(x: Tensor, train: Tensor, held_out: Tensor) -> float:
     return float(near[0].median() / near[1].median())
 
 
-def path_frames(model: Model, w: float, steps: int = 32, rows: int = 3, seed: int = 7) -> list[Image.Image]:
+def path_frames(model: Model, w: float, steps: int = PATH_STEPS, rows: int = 3, seed: int = 7) -> list[Image.Image]:
     """Frames from noise to digits: the state x on the left, the prediction E[x0 | x] on the right."""
     labels = torch.arange(10).repeat(rows)
     levels = model.config.build("grid")(model.schedule, steps)
@@ -154,7 +170,7 @@ def report(
     levels = loss_by_level(model, held_out, LAMS)
     on_stage(next(done), stages, f"1,000 samples at w = 1 and w = {w:g}")
     reader, labels = Reader(held_out), torch.arange(1000) % 10
-    samples, clock = {}, time.perf_counter()
+    samples: dict[float, Tensor] = {}
     for weight in dict.fromkeys((1.0, w)):
         clock = time.perf_counter()
         samples[weight] = model.sample(1000, labels, guidance=weight, steps=20).clamp(-1, 1)
@@ -199,16 +215,6 @@ def _html(result: Result, fitted: Fitted, guided: Tensor, w: float) -> str:
         (f"{1000 * result.seconds_per_image:.1f} ms", "per guided image, 20 steps"),
         (f"{result.train_seconds:.0f} s", f"training, {result.parameters:,} parameters, {len(train):,} digits"),
     ]
-    level_rows = [
-        [f"{r['lam']:+.0f}", f"{np.exp(-r['lam']):.3g}", f"{r['mse']:.4f}", f"{r['linear']:.4f}",
-         f"{r['mse'] / r['linear']:.2f}"] for r in result.levels
-    ]  # fmt: skip
-    distance_rows = [
-        [name, *(f"{row[n].frechet:.2f} / {1000 * row[n].kernel:.1f}" for n in STEPS)]
-        for name, row in result.table.items()
-    ]
-    real = f"{result.floor.frechet:.2f} / {1000 * result.floor.kernel:.1f}"
-    distance_rows.append(["real against real", *[real] * len(STEPS)])
     recognised = "; ".join(f"{100 * share:.1f} % at w = {weight:g}" for weight, share in result.recognised.items())
     body = f"""
 <h1>From noise to digits</h1>
@@ -217,7 +223,7 @@ sampled with classifier-free guidance. {len(held_out)} digits were held out.</p>
 <div class="cards">{"".join(f'<div class="card"><b>{a}</b><span>{b}</span></div>' for a, b in cards)}</div>
 <h2>The path</h2>
 <figure><img src="{plot.data_uri(folder / "denoising.gif")}" alt="Noise turning into digits">
-<figcaption>32 steps of DPM-Solver++(2M), w = {w:g}. Left the state x, right the prediction E[x0 | x] that pulls it.
+<figcaption>{PATH_STEPS} steps of DPM-Solver++(2M), w = {w:g}. Left the state x, right the prediction E[x0 | x] that pulls it.
 </figcaption></figure>
 <h2>Samples</h2>
 <figure><img src="{plot.data_uri(folder / "samples.png")}" alt="A hundred generated digits">
@@ -233,12 +239,12 @@ the nearest held-out digit, from equally many of each: {result.copies:.2f} (copy
 <p>Squared error of x0 on held-out digits at fixed noise, beside the best linear denoiser, which knows the data's mean
 and covariance only.</p>
 <figure><img src="{plot.data_uri(folder / "levels.png")}" width="640" alt="Relative error over noise level"></figure>
-{plot.table_html(["lam", "sigma / alpha", "network", "best linear", "ratio"], level_rows)}
+{plot.table_html(["lam", "sigma / alpha", "network", "best linear", "ratio"], result.level_rows())}
 <h2>Distance to held-out digits</h2>
 <p>Fréchet distance / kernel distance × 1000 between {len(held_out)} samples (w = 1) and {len(held_out)} held-out digits
 of the same classes, on pixels. The last row is the floor: real training digits in place of samples.</p>
 <figure><img src="{plot.data_uri(folder / "distances.png")}" width="640" alt="Distance over steps"></figure>
-{plot.table_html(["solver", *(f"{n} steps" for n in STEPS)], distance_rows)}
+{plot.table_html(["solver", *(f"{n} steps" for n in STEPS)], result.distance_rows())}
 <h2>To repeat this</h2>
 <pre>undiffuse train out={values["out"]} train.steps={values["train"]["steps"]} train.every={values["train"]["every"]}
 undiffuse sample {values["out"]} --label 3 solver=ddim sample.steps=10</pre>

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,9 +48,14 @@ def split(config: Config) -> tuple[Data, Data]:
     """The two parts of the configured data; InputError if it is too small for `held_out`."""
     data = load_data(config.values["data"])
     held_out = config.values["held_out"]
-    if "held_out" not in config.given:  # the default suits the digits; smaller sets keep four fifths for training
-        held_out = min(held_out, len(data) // 5) if config.values["data"] != "digits" else held_out
+    if "held_out" not in config.given and config.values["data"] != "digits":  # the default suits the digits
+        held_out = min(held_out, len(data) // 5)
     return data.split(held_out)
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    """The settings that must be the same when a run goes on."""
+    return {k: v for k, v in config.values.items() if k not in NOT_TRAINING}
 
 
 def _resume_log(path: Path, step: int) -> None:
@@ -88,10 +93,9 @@ def fit(
     if train_part.labels is not None:
         digest.update(train_part.labels.numpy().tobytes())
     fingerprint = digest.hexdigest()
-    identity = json.loads(json.dumps({k: v for k, v in config.values.items() if k not in NOT_TRAINING}))
+    identity = _identity(config)
     if (out / "config.toml").is_file():
-        was = Config.resolve(Config.read(out / "config.toml")).values
-        same_settings({k: v for k, v in was.items() if k not in NOT_TRAINING}, identity, out)
+        same_settings(_identity(Config.resolve(Config.read(out / "config.toml"))), identity, out)
         if (out / "data.sha256").is_file() and (out / "data.sha256").read_text().strip() != fingerprint:
             raise InputError(f"{out} was trained on other data of the same name: give another `out` or delete that run")
         if is_sound(out / "model"):

@@ -1,4 +1,4 @@
-"""`Model`: a trained denoiser with all that sampling needs; run folders; `fit`, training by configuration."""
+"""`Model`: a trained denoiser with all that sampling needs, and its folder in a run."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from undiffuse.types import InputError
 
-INK, PAPER, ACCENT, MUTED = "#1b1f24", "#ffffff", "#c8553d", "#8a8f98"
+INK, ACCENT, MUTED = "#1b1f24", "#c8553d", "#8a8f98"
 PALETTE = ["#c8553d", "#28666e", "#e0a030", "#6a4c93", "#5b8c5a", "#1b1f24", "#b56576", "#457b9d"]
 
 

@@ -180,6 +180,8 @@ def test_fixed_rows_make_a_networks_samples_bit_equal_for_every_batch(w):
 
     whole = draw()
     assert torch.isfinite(whole).all()
+    assert float(whole.std()) > 0.01
+    assert len({tuple(x.flatten().tolist()) for x in whole}) == 64
     for batch in (1, 7, 33):
         assert torch.equal(draw(batch=batch), whole)
     assert torch.equal(draw(n=1, first=41), whole[41:42])

@@ -55,11 +55,11 @@ class Adams:
         self, denoise: Denoise, x: Tensor, now: Level, then: Level, past: Sequence[Eval], noise: Noise
     ) -> tuple[Tensor, Eval]:
         kappa, x0 = 1 + self.eta**2, denoise(x, now)
-        new, one = Eval(now, x, x0), torch.ones_like(now.alpha)
+        new = Eval(now, x, x0)
         if self.corrector and past and torch.isfinite(past[0].level.lam).all():
             start, known = past[0].level, list(past[: self.order])
             better, used = self._terms([new, *known], start, now, kappa), self._terms(known, start, now, kappa)
-            x = combine((one, x), *better, *((-c, x0) for c, x0 in used))
+            x = combine((torch.ones_like(now.alpha), x), *better, *((-c, x0) for c, x0 in used))
         evals = [new, *past][: self.order]
         decay, h = then.sigma / now.sigma, then.lam - now.lam
         if self.eta:

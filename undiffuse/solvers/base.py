@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from undiffuse.level import Level
@@ -32,6 +33,11 @@ def combine(*terms: tuple[Tensor, Tensor]) -> Tensor:
             total = total + c * x
     assert total is not None
     return total
+
+
+def exponential_euler(x: Tensor, x0: Tensor, now: Level, then: Level) -> Tensor:
+    """x at `then` if the prediction stays x0: sigma'/sigma x + alpha' (1 - e^-h) x0; finite at both ends."""
+    return combine((then.sigma / now.sigma, x), (-then.alpha * torch.expm1(now.lam - then.lam), x0))
 
 
 class Solver(Protocol):

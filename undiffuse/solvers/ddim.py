@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.level import Level
-from undiffuse.solvers.base import Eval, combine
+from undiffuse.solvers.base import Eval, combine, exponential_euler
 from undiffuse.types import Denoise, InputError, Noise
 
 
@@ -36,8 +36,7 @@ class DDIM:
     ) -> tuple[Tensor, Eval]:
         x0 = denoise(x, now)
         if self.eta == 0:  # alpha' - sigma'/sigma alpha = alpha' (1 - e^-h)
-            fall = -then.alpha * torch.expm1(now.lam - then.lam)
-            return combine((then.sigma / now.sigma, x), (fall, x0)), Eval(now, x, x0)
+            return exponential_euler(x, x0, now, then), Eval(now, x, x0)
         fresh = -(self.eta**2) * torch.expm1(2 * (now.lam - then.lam))
         keep = then.sigma * (1 - fresh).sqrt() / now.sigma
         terms = [(keep, x), (then.alpha - keep * now.alpha, x0)]

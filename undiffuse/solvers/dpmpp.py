@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.level import Level
-from undiffuse.solvers.base import Eval, combine
+from undiffuse.solvers.base import Eval, combine, exponential_euler
 from undiffuse.types import Denoise, Noise
 
 
@@ -29,9 +29,10 @@ class DPMpp2M:
     def step(
         self, denoise: Denoise, x: Tensor, now: Level, then: Level, past: Sequence[Eval], noise: Noise
     ) -> tuple[Tensor, Eval]:
-        x0, minus_h, ratio = denoise(x, now), now.lam - then.lam, then.sigma / now.sigma
-        fall = then.alpha * torch.expm1(minus_h)
+        x0 = denoise(x, now)
         if not past or then.is_clean:
-            return combine((ratio, x), (-fall, x0)), Eval(now, x, x0)
+            return exponential_euler(x, x0, now, then), Eval(now, x, x0)
+        minus_h = now.lam - then.lam
+        fall = then.alpha * torch.expm1(minus_h)
         slope = fall * minus_h / (2 * (past[0].level.lam - now.lam))  # fall / (2 r), 0 after a start at alpha = 0
-        return combine((ratio, x), (-(fall + slope), x0), (slope, past[0].x0)), Eval(now, x, x0)
+        return combine((then.sigma / now.sigma, x), (-(fall + slope), x0), (slope, past[0].x0)), Eval(now, x, x0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.level import Level
-from undiffuse.solvers.base import Eval, combine
+from undiffuse.solvers.base import Eval, combine, exponential_euler
 from undiffuse.types import Denoise, InputError, Noise
 
 
@@ -57,8 +57,7 @@ class Euler:
     ) -> tuple[Tensor, Eval]:
         x, now = self.churn(x, now, noise)
         x0 = denoise(x, now)
-        fall = -then.alpha * torch.expm1(now.lam - then.lam)
-        return combine((then.sigma / now.sigma, x), (fall, x0)), Eval(now, x, x0)
+        return exponential_euler(x, x0, now, then), Eval(now, x, x0)
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Heun(Euler):
     ) -> tuple[Tensor, Eval]:
         x, now = self.churn(x, now, noise)
         x0, h = denoise(x, now), then.lam - now.lam
-        euler = combine((then.sigma / now.sigma, x), (-then.alpha * torch.expm1(-h), x0))
+        euler = exponential_euler(x, x0, now, then)
         if not torch.isfinite(h).all():
             return euler, Eval(now, x, x0)
         half = then.alpha * torch.expm1(h) / 2

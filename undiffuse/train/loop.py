@@ -92,18 +92,12 @@ def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
     return out
 
 
-def _optimiser(model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
-
-
-def _guard(ok: bool, step: int, loss: Tensor, lam: Tensor, model: nn.Module) -> None:
-    if ok:
-        return
+def _diagnosis(step: int, loss: Tensor, lam: Tensor, model: nn.Module) -> NonFinite:
     bad = [n for n, p in model.named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
     broken = [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     rows = (~torch.isfinite(loss)).nonzero().flatten().tolist()
     where = ", ".join(f"{float(lam[i]):.2f}" for i in rows[:4]) or "none (the loss is finite)"
-    raise NonFinite(
+    return NonFinite(
         f"training stopped at step {step}: the loss or a gradient is not finite. Levels (lam) with a non-finite loss: "
         f"{where}. Non-finite gradients: {', '.join(bad[:6]) or 'none'}. Non-finite weights: "
         f"{', '.join(broken[:6]) or 'none'}. Lower train.lr or train.clip, or check the data at those levels"
@@ -186,7 +180,7 @@ def train(
     if cond is not None and len(cond) != len(x):
         raise InputError(f"the condition has {len(cond)} rows for {len(x)} samples")
     ema, identity = ema or EMA(model, plan.ema_gamma), json.loads(json.dumps(identity or {}))
-    optimiser = _optimiser(model, plan)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
     files, start = _Files(model, ema, optimiser), 0
     if checkpoints is not None and (found := checkpoints.latest()) is not None:
         for problem in found[1]:
@@ -211,7 +205,8 @@ def train(
         loss.mean().backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         value = float(loss.detach().mean())
-        _guard(math.isfinite(value) and math.isfinite(float(norm)), step, loss.detach(), lam, model)
+        if not (math.isfinite(value) and math.isfinite(float(norm))):
+            raise _diagnosis(step, loss.detach(), lam, model)
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), plan.clip, norm)
         optimiser.step()
         ema.update(step)
