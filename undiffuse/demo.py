@@ -223,8 +223,8 @@ sampled with classifier-free guidance. {len(held_out)} digits were held out.</p>
 <div class="cards">{"".join(f'<div class="card"><b>{a}</b><span>{b}</span></div>' for a, b in cards)}</div>
 <h2>The path</h2>
 <figure><img src="{plot.data_uri(folder / "denoising.gif")}" alt="Noise turning into digits">
-<figcaption>{PATH_STEPS} steps of DPM-Solver++(2M), w = {w:g}. Left the state x, right the prediction E[x0 | x] that pulls
-it.</figcaption></figure>
+<figcaption>{PATH_STEPS} steps of DPM-Solver++(2M), w = {w:g}. Left the state x, right the prediction E[x0 | x] that
+pulls it.</figcaption></figure>
 <h2>Samples</h2>
 <figure><img src="{plot.data_uri(folder / "samples.png")}" alt="A hundred generated digits">
 <figcaption>20 steps, w = {w:g}, one class a column; not selected, 8×8 pixels enlarged. A support vector machine fitted
