@@ -140,6 +140,120 @@ class Karras:
 
 
 @dataclass(frozen=True)
+class Polynomial:
+    """Times (i / N)^power, i = N ... 0: power = 2 is DDIM's quadratic spacing, 1 is `UniformT`. The last step goes to
+    sigma = 0. Needs power > 0."""
+
+    power: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.power < math.inf:
+            raise InputError(f"Polynomial needs power > 0, got {self.power}")
+
+    def __call__(self, schedule: Schedule, steps: int) -> Levels:
+        ends_clean = bool(schedule.level(0.0).sigma == 0)
+        return _at_times(schedule, torch.linspace(1, 0, _steps(steps) + ends_clean, dtype=torch.float64) ** self.power)
+
+
+@dataclass(frozen=True)
+class Beta:
+    """Times at equal quantiles of the Beta(a, b) distribution (Lee et al. 2024, arXiv 2407.12173): 0.6, 0.6 puts
+    more steps at both ends. The last step goes to sigma = 0. Needs a, b > 0."""
+
+    a: float = 0.6
+    b: float = 0.6
+
+    def __post_init__(self) -> None:
+        if not (0 < self.a < math.inf and 0 < self.b < math.inf):
+            raise InputError(f"Beta needs a > 0 and b > 0, got {self.a} and {self.b}")
+
+    def __call__(self, schedule: Schedule, steps: int) -> Levels:
+        ends_clean = bool(schedule.level(0.0).sigma == 0)
+        u = torch.linspace(1, 0, _steps(steps) + ends_clean, dtype=torch.float64)
+        return _at_times(schedule, beta_quantile(u, self.a, self.b))
+
+
+def beta_quantile(u: Tensor, a: float, b: float) -> Tensor:
+    """The inverse of the Beta(a, b) distribution function at u in [0, 1], by bisection."""
+    scale = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b))
+
+    def lower(x: Tensor, a: float, b: float) -> Tensor:  # the power series of the distribution function, for x <= 1/2
+        term, total = torch.ones_like(x), torch.ones_like(x) / a
+        for n in range(1, 64):
+            term = term * x * (n - b) / n
+            total = total + term / (a + n)
+        return scale * x**a * total
+
+    lo, hi = torch.zeros_like(u), torch.ones_like(u)
+    for _ in range(60):
+        x = (lo + hi) / 2
+        below = torch.where(x <= 0.5, lower(x.clamp(max=0.5), a, b), 1 - lower((1 - x).clamp(max=0.5), b, a)) < u
+        lo, hi = torch.where(below, x, lo), torch.where(below, hi, x)
+    return torch.where(u == 0, 0.0, torch.where(u == 1, 1.0, (lo + hi) / 2))
+
+
+# sigma / alpha of ten steps, optimised for each model (Sabour et al. 2024, arXiv 2404.14507, appendix)
+AYS_LEVELS: dict[str, tuple[float, ...]] = {
+    "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+    "svd": (700.00, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
+}
+
+
+@dataclass(frozen=True)
+class AYS:
+    """The published "Align Your Steps" levels of a model, log-linear between them for other numbers of steps, then
+    clean data. model: "sd15", "sdxl" or "svd"."""
+
+    model: Literal["sd15", "sdxl", "svd"] = "sd15"
+
+    def __post_init__(self) -> None:
+        if self.model not in AYS_LEVELS:
+            raise InputError(f"AYS knows the models {', '.join(AYS_LEVELS)}; got {self.model!r}")
+
+    def __call__(self, schedule: Schedule, steps: int) -> Levels:
+        known = -torch.tensor(AYS_LEVELS[self.model], dtype=torch.float64).log()
+        place = torch.linspace(0, len(known) - 1, _steps(steps) + 1, dtype=torch.float64)[:-1]
+        below = place.floor().long()
+        lams = torch.lerp(known[below], known[below + 1], place - below)
+        return (*(Level.at(lam, schedule.space) for lam in lams), Level.at(math.inf, schedule.space))
+
+
+@dataclass(frozen=True)
+class Restart(Karras):
+    """Karras levels that go back up (Xu et al. 2023, arXiv 2306.14878): on arrival below `low` noise is added up to
+    `high` and `inner` steps lead down again, `times` times; low and high are values of sigma / alpha.
+
+    A sample costs steps + times * inner steps of denoising. Needs 0 < low < high, times >= 1, inner >= 1, and a level
+    of the Karras grid on each side of `low`.
+    """
+
+    low: float = 0.06
+    high: float = 0.3
+    times: int = 2
+    inner: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 < self.low < self.high and self.times >= 1 and self.inner >= 1):
+            raise InputError(f"Restart needs 0 < low < high, times >= 1 and inner >= 1, got {self}")
+
+    def __call__(self, schedule: Schedule, steps: int) -> Levels:
+        levels = list(super().__call__(schedule, steps))
+        ratio = [float(level.sigma / level.alpha) for level in levels]
+        at = next((i for i, r in enumerate(ratio) if r <= self.low), len(levels))
+        if not (ratio[min(at, len(levels) - 1)] > 0 and at > 0 and ratio[0] > self.high):
+            raise InputError(
+                f"Restart between {self.low} and {self.high} needs levels around it; {steps} steps visit sigma / alpha "
+                f"= {', '.join(f'{r:.3g}' for r in ratio)}: take more steps or another interval"
+            )
+        ends = self.high ** (1 / self.rho), ratio[at] ** (1 / self.rho)
+        down = -self.rho * torch.linspace(*ends, self.inner + 1, dtype=torch.float64).log()
+        again = [Level.at(lam, schedule.space) for lam in down[:-1]] + [levels[at]]
+        return (*levels[: at + 1], *(again * self.times), *levels[at + 1 :])
+
+
+@dataclass(frozen=True)
 class Indexed:
     """Steps over the integers 0 ... T - 1 of a trained table, spaced the way the field names it, then clean data.
 
@@ -186,10 +300,28 @@ class Explicit:
         return check_levels([Level.at(lam, schedule.space) for lam in self.lams]).levels
 
 
+def Quadratic() -> Polynomial:
+    """Times in DDIM's quadratic spacing."""
+    return Polynomial(2.0)
+
+
+def Exponential(sigma_min: float = 0.002, sigma_max: float = 80.0) -> UniformLam:
+    """Levels of sigma / alpha in geometric progression, i.e. uniform in lam between these ends."""
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise InputError(f"Exponential needs 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    return UniformLam(-math.log(sigma_max), -math.log(sigma_min))
+
+
 GRIDS: dict[str, Callable[..., Grid]] = {
     "uniform-t": UniformT,
+    "polynomial": Polynomial,
+    "quadratic": Quadratic,
+    "beta": Beta,
     "uniform-lam": UniformLam,
+    "exponential": Exponential,
     "karras": Karras,
+    "restart": Restart,
+    "ays": AYS,
     "indexed": Indexed,
     "explicit": Explicit,
 }

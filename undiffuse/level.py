@@ -114,6 +114,20 @@ def from_x0(kind: Kind, x0: Tensor, x: Tensor, level: Level) -> Tensor:
     return (a * x0 + b * (x - level.alpha * x0) / level.sigma).to(x0.dtype)
 
 
+def between(now: Level, then: Level, lam: Tensor) -> Level:
+    """The level with this lam on the way from `now` to `then`, in the form that both share.
+
+    The form is VE where alpha stays, flow where alpha + sigma stays, and otherwise VP scaled by the root of
+    alpha^2 + sigma^2, so that a denoiser written for one form only ever sees that form.
+    """
+    total = now.alpha + now.sigma
+    flow = (total - (then.alpha + then.sigma)).abs() <= 1e-9 * total
+    vp, plain = Level.at(lam), Level.at(lam, "flow")
+    scale = torch.where(flow, total * (plain.alpha / vp.alpha), (now.alpha**2 + now.sigma**2).sqrt())
+    scale = torch.where((now.alpha - then.alpha).abs() <= 1e-9 * total, now.alpha / vp.alpha, scale)
+    return Level(scale * vp.alpha, scale * vp.sigma)
+
+
 def transition(cleaner: Level, noisier: Level) -> tuple[Tensor, Tensor]:
     """(scale, std) of the forward step q(x_noisier | x_cleaner) = N(scale x_cleaner, std^2).
 

@@ -1,4 +1,4 @@
-"""Exponential Adams methods in lam on x0, of any order, with corrector and noise.
+"""Exponential Adams methods in lam, of any order, with corrector and noise.
 
 The multistep family behind DPM-Solver++ (arXiv 2211.01095), UniPC (2302.04867) and SA-Solver (2309.05019), with the
 weights computed instead of expanded by hand.
@@ -6,7 +6,6 @@ weights computed instead of expanded by hand.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,19 +15,19 @@ from torch import Tensor
 
 from undiffuse.level import Level
 from undiffuse.solvers.base import Eval, combine
-from undiffuse.solvers.exponential import weights
+from undiffuse.solvers.exponential import Prediction, check_prediction, finite, integral, linear, weights
 from undiffuse.types import Denoise, InputError, Noise
 
 
 @dataclass(frozen=True)
 class Adams:
-    """x_then = sigma'/sigma e^(-eta^2 h) x + alpha' kappa int_0^h e^(-kappa (h-u)) D(u) du + noise, kappa = 1 + eta^2.
+    """The newest `order` predictions of x0 (or eps) as a polynomial in lam, integrated exactly (see `exponential`).
 
-    D(u) interpolates the newest `order` evaluations in lam; the noise has std sigma' sqrt(1 - e^(-2 eta^2 h)). With
-    `corrector` each step is redone once the evaluation at its end is known, at no further cost. One evaluation a step.
-    A step has order `order`, one more with corrector, once enough evaluations lie behind it; the first step of a run
-    has only one, which limits the global order to 2, or 3 with corrector. With eta > 0 the noise limits it to 1. Needs
-    1 <= order <= 6 and 0 <= eta <= 1 (0 probability-flow ODE, 1 reverse SDE).
+    With `corrector` each step is redone once the evaluation at its end is known, at no further cost. One evaluation a
+    step. A step has order `order`, one more with corrector, once enough evaluations lie behind it; the first step of a
+    run has only one, which limits the global order to 2, or 3 with corrector (`Start` lifts this). With eta > 0 the
+    noise limits it to 1. Steps from pure noise and to clean data use one prediction of x0. Needs 1 <= order <= 6 and
+    0 <= eta <= 1 (0 probability-flow ODE, 1 reverse SDE).
     """
 
     max_order: ClassVar[int] = 6
@@ -36,45 +35,48 @@ class Adams:
     order: int = 2
     eta: float = 0.0
     corrector: bool = False
+    prediction: Prediction = "x0"
 
     def __post_init__(self) -> None:
         if not (isinstance(self.order, int) and 1 <= self.order <= self.max_order):
-            raise InputError(f"Adams needs 1 <= order <= {self.max_order}, got {self.order}")
-        if not 0 <= self.eta <= 1:
-            raise InputError(f"Adams needs 0 <= eta <= 1 (0 ODE, 1 SDE), got {self.eta}")
+            raise InputError(f"{type(self).__name__} needs 1 <= order <= {self.max_order}, got {self.order}")
+        check_prediction(self.prediction, self.eta)
+
+    @property
+    def full_order(self) -> int:
+        """The order once all evaluations are there."""
+        return self.order + self.corrector if self.eta == 0 else 1
 
     @property
     def global_order(self) -> int:
-        return min(self.order, 2) + self.corrector if self.eta == 0 else 1
+        return min(self.full_order, 2 + self.corrector)
 
     @property
     def history(self) -> int:
-        return self.order
+        return self.order - 1 + self.corrector
+
+    def weigh(self, nodes: list[Tensor], h: Tensor, kappa: float | Tensor) -> Tensor:
+        """The weights of evaluations at these offsets from the start of a step of length h."""
+        return weights(nodes, h, kappa)
+
+    def eta_of(self, now: Level, then: Level) -> float | Tensor:
+        """The stochasticity of this step."""
+        return self.eta
 
     def step(
         self, denoise: Denoise, x: Tensor, now: Level, then: Level, past: Sequence[Eval], noise: Noise
     ) -> tuple[Tensor, Eval]:
-        kappa, x0 = 1 + self.eta**2, denoise(x, now)
-        new = Eval(now, x, x0)
-        if self.corrector and past and torch.isfinite(past[0].level.lam).all():
-            start, known = past[0].level, list(past[: self.order])
-            better, used = self._terms([new, *known], start, now, kappa), self._terms(known, start, now, kappa)
-            x = combine((torch.ones_like(now.alpha), x), *better, *((-c, x0) for c, x0 in used))
-        evals = [new, *past][: self.order]
-        decay, h = then.sigma / now.sigma, then.lam - now.lam
-        if self.eta:
-            decay = decay * torch.exp(-(self.eta**2) * h)
-        terms = [(decay, x), *self._terms(evals, now, then, kappa)]
-        if self.eta and not then.is_clean:
-            terms.append((then.sigma * (-torch.expm1(-2 * self.eta**2 * h)).sqrt(), noise()))
+        new, known = Eval(now, x, denoise(x, now)), finite(past)
+        if self.corrector and known and known[0] is past[0]:
+            start = past[0].level
+            last = start, now, self.eta_of(start, now), self.prediction, self.weigh
+            better, used = integral([new, *known[: self.order]], *last), integral(known[: self.order], *last)
+            x = combine((torch.ones_like(now.alpha), x), *better, *((-c, v) for c, v in used))
+        evals, eta, prediction = [new, *known][: self.order], self.eta_of(now, then), self.prediction
+        if not bool(torch.isfinite(then.lam - now.lam).all()):
+            evals, prediction = [new], "x0"
+        decay, std = linear(now, then, eta, prediction)
+        terms = [(decay, x), *integral(evals, now, then, eta, prediction, self.weigh)]
+        if std is not None and not then.is_clean:
+            terms.append((std, noise()))
         return combine(*terms), new
-
-    @staticmethod
-    def _terms(evals: list[Eval], start: Level, end: Level, kappa: float) -> list[tuple[Tensor, Tensor]]:
-        """alpha' kappa int_0^h e^(-kappa (h-u)) D(u) du as (coefficient, x0) for each evaluation."""
-        h = end.lam - start.lam
-        if math.isinf(h.max()):
-            evals = evals[:1]
-        evals = [e for e in evals if len(evals) == 1 or torch.isfinite(e.level.lam).all()]
-        w = weights([e.level.lam - start.lam for e in evals], h, kappa)
-        return [(end.alpha * w[..., j], e.x0) for j, e in enumerate(evals)]

@@ -19,6 +19,12 @@ class Eval(NamedTuple):
     x: Tensor
     x0: Tensor
 
+    @property
+    def eps(self) -> Tensor:
+        """The noise that x and x0 imply: (x - alpha x0) / sigma."""
+        level = self.level
+        return combine((1 / level.sigma, self.x), (-level.alpha / level.sigma, self.x0))
+
 
 def combine(*terms: tuple[Tensor, Tensor]) -> Tensor:
     """The sum of coefficient * tensor: one pass over memory a term where the coefficients are numbers."""
