@@ -20,8 +20,26 @@ SCHEDULERS = {
     "heun_discrete": "HeunDiscreteScheduler",
     "dpmsolver_multistep": "DPMSolverMultistepScheduler",
     "flow_match_euler_discrete": "FlowMatchEulerDiscreteScheduler",
+    "dpmsolver_singlestep": "DPMSolverSinglestepScheduler",
+    "unipc_multistep": "UniPCMultistepScheduler",
+    "deis_multistep": "DEISMultistepScheduler",
+    "sasolver": "SASolverScheduler",
+    "euler_ancestral_discrete": "EulerAncestralDiscreteScheduler",
+    "k_dpm_2_discrete": "KDPM2DiscreteScheduler",
+    "k_dpm_2_ancestral_discrete": "KDPM2AncestralDiscreteScheduler",
+    "lms_discrete": "LMSDiscreteScheduler",
+    "ipndm": "IPNDMScheduler",
+    "pndm": "PNDMScheduler",
+    "lcm": "LCMScheduler",
 }
-VE = ("EulerDiscreteScheduler", "HeunDiscreteScheduler")
+VE = (
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+)
 
 
 class Promoted:

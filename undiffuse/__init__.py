@@ -1,8 +1,21 @@
 """undiffuse: the reverse process of diffusion models, exact and readable."""
 
 from undiffuse.cond import Cond, Label
-from undiffuse.denoise import Counter, Dataset, Denoiser, FixedRows, Gaussian, Mixture
-from undiffuse.grid import GRIDS, Explicit, Indexed, Karras, UniformLam, UniformT
+from undiffuse.denoise import AnalyticStart, Counter, Dataset, Denoiser, FixedRows, Gaussian, Mixture
+from undiffuse.grid import (
+    AYS,
+    GRIDS,
+    Beta,
+    Explicit,
+    Exponential,
+    Indexed,
+    Karras,
+    Polynomial,
+    Quadratic,
+    Restart,
+    UniformLam,
+    UniformT,
+)
 from undiffuse.guide import CFG, GUIDES
 from undiffuse.level import Level, from_x0, reverse_transition, to_x0, transition
 from undiffuse.precond import HEADS, X0, EDMPrecond, Eps, FlowVelocity, Index, LogNSR, Score, V
@@ -19,7 +32,35 @@ from undiffuse.schedule import (
     Sigmoid,
     zero_terminal_snr,
 )
-from undiffuse.solvers import DDIM, DDPM, SOLVERS, Adams, DPMpp2M, Euler, Eval, Heun
+from undiffuse.solvers import (
+    DDIM,
+    DDPM,
+    DEIS,
+    IPNDM,
+    LMS,
+    PNDM,
+    SOLVERS,
+    Adams,
+    Adaptive,
+    Ancestral,
+    Butcher,
+    Consistency,
+    DPM2Ancestral,
+    DPMpp2M,
+    DPMpp2S,
+    DPMpp2SAncestral,
+    DPMpp3M,
+    DPMSolver,
+    Euler,
+    EulerAncestral,
+    Eval,
+    Heun,
+    PredictorCorrector,
+    RungeKutta,
+    SASolver,
+    Start,
+    UniPC,
+)
 from undiffuse.spectrum import Spectrum
 from undiffuse.tableau import Tableau, trace
 from undiffuse.types import Denoise, InputError

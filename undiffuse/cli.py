@@ -1,4 +1,7 @@
-"""The command line: demo, train, sample, info. Exit codes: 0 done, 1 failed check, 2 bad input, 75 try again."""
+"""The command line: demo, train, sample, certify, info.
+
+Exit codes: 0 done, 1 failed check, 2 bad input, 75 try again.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ from rich.table import Table
 import undiffuse
 from undiffuse import demo as demo_module
 from undiffuse import plot
+from undiffuse.certify import Certificate
+from undiffuse.certify import certify as measure
 from undiffuse.config import DEFAULTS, KINDS, Config, fields, parse_overrides
 from undiffuse.denoise import Counter, FixedRows
 from undiffuse.fit import fit
@@ -296,6 +301,67 @@ def info(
     console.print(table)
     for family, names in others.items():
         console.print(f"{family}: {', '.join(names)}")
+
+
+@app.command()
+def certify(
+    overrides: Overrides = None,
+    std: Annotated[str, typer.Option(help="stds of the data, comma-separated")] = "1,0.5,0.25,0.1,0.05",
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Measure solvers on exact denoisers: their order, their tableau, and the std that they give to data of each std.
+
+    All solvers on the configured schedule, grid and steps, or one: `undiffuse certify solver=unipc sample.steps=8`.
+    Exit code 1 if one is not what it promises.
+    """
+    layer = parse_overrides(overrides or [])
+    for key in layer:
+        if key in DEFAULTS and key not in ("sample", "solver", "grid", "schedule"):
+            raise InputError(f"certify needs no {key}: it takes solver, schedule, grid and sample.steps")
+    config = Config.resolve(layer)
+    if dry_run:
+        return _dry(config, as_json)
+    try:
+        stds = tuple(float(word) for word in std.split(","))
+    except ValueError as error:
+        raise InputError(f"--std must be numbers such as 1,0.25, got {std!r}") from error
+    levels = config.build("grid")(config.build("schedule"), config.section("sample").steps)
+    name = config.values["solver"]["kind"]
+    solvers = {name: config.build("solver")} if "solver" in layer else {n: k() for n, k in KINDS["solver"].items()}
+    found: list[Certificate] = []
+    with Bars(as_json) as bars:
+        for i, (name, solver) in enumerate(solvers.items()):
+            found.append(measure(name, solver, levels, stds))
+            bars.move("certifying", i + 1, len(solvers), name)
+    failed = [c.name for c in found if not c.holds]
+    if as_json:
+        print(
+            json.dumps({"stds": stds, "failed": failed, "solvers": [c._asdict() | {"holds": c.holds} for c in found]})
+        )
+    else:
+        _certificates(found, stds, f"{config.values['schedule']['kind']}, {config.values['grid']['kind']}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _certificates(found: list[Certificate], stds: tuple[float, ...], where: str) -> None:
+    steps = f"Kept std (1 is right, less is blur) by true std: {where}"
+    table = Table(title=steps, title_justify="left")
+    for name in ("solver", "order", "measured", "calls", "tableau gap", *(f"{s:g}" for s in stds), ""):
+        table.add_column(name, justify="left" if name == "solver" else "right")
+    for c in found:
+        kept = [f"{k:.3f}" for k in c.kept] if c.kept else ["-"] * len(stds)
+        verdict = "ok" if c.holds else "FAILS"
+        kind = "noise" if c.noise else ""
+        gap = f"{c.gap:.0e}" if c.kept else "-"
+        table.add_row(c.name, f"{c.order} {kind}".strip(), f"{c.measured:.2f}", str(c.calls), gap, *kept, verdict)
+    console.print(table)
+    console.print(
+        "order: on the probability flow; of the output's std for solvers with noise (order 0: does not converge). "
+        "The std is exact, from the tableau: no network, no samples.",
+        soft_wrap=True,
+    )
 
 
 INTERRUPTED = "interrupted; the same command goes on from the newest checkpoint (one every `train.every` steps)"

@@ -129,7 +129,7 @@ def ddim_linspace() -> list[Row]:
     rows, mixture, schedule = [], GAUSSIAN.mixture, SCHEDULES["scaled-linear"]
     for n in (5, 10, 20, 50):
         theirs = moments(find("diffusers", "DDIM", "linspace"), schedule, n)[1][1]
-        ours = moments(Plan(DDIM(), Indexed("linspace")(schedule, n), n, n), schedule, n)[1][1]
+        ours = moments(Plan(DDIM(), Indexed("linspace")(schedule, n), n), schedule, n)[1][1]
         true = float(mixture.variances[0, 1].sqrt())
         what = f"diffusers DDIM linspace, scaled-linear, {n} steps: output std over the true 0.25"
         rows.append((what, f"{ours / true:.3f} (DDIM along that grid)", f"{theirs / true:.3f}"))

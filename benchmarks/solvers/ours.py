@@ -2,111 +2,110 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import inspect
-import itertools
 import math
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import undiffuse
-from undiffuse import GRIDS, SOLVERS, Counter, Discrete, InputError, Noise, trajectory
+from undiffuse import (
+    DDIM,
+    DDPM,
+    DEIS,
+    IPNDM,
+    LMS,
+    PNDM,
+    Adams,
+    Adaptive,
+    Beta,
+    Counter,
+    Discrete,
+    DPM2Ancestral,
+    DPMpp2M,
+    DPMpp2S,
+    DPMpp3M,
+    DPMSolver,
+    Euler,
+    Heun,
+    Indexed,
+    InputError,
+    Karras,
+    Noise,
+    PredictorCorrector,
+    Quadratic,
+    RungeKutta,
+    SASolver,
+    Start,
+    UniformLam,
+    UniformT,
+    UniPC,
+    trajectory,
+)
 from undiffuse.grid import check_levels
 from undiffuse.schedule import Schedule
 
-SKIPPED = {"consistency"}  # for consistency models: blurs with a plain denoiser
-CHOICES: dict[str, list[Any]] = {
-    "order": [2, 3, 4],
-    "corrector": [False, True],
-    "eta": [0.0, 1.0],
-    "gamma": [0.0, 0.2],
-    "rtol": [0.3, 0.1, 0.03, 0.01],
-    "method": ["midpoint", "kutta3", "rk4", "dormand-prince"],
+SOLVER_CASES: dict[str, Any] = {
+    "ddim": DDIM(),
+    "heun": Heun(),
+    "dpm-solver 2": DPMSolver(2),
+    "dpm-solver 3": DPMSolver(3),
+    "dpmpp-2s": DPMpp2S(),
+    "dpm-solver 3 x0": DPMSolver(3, "x0"),
+    "dpmpp-2m": DPMpp2M(),
+    "dpmpp-3m": DPMpp3M(),
+    "adams 2 +c": Adams(2, corrector=True),
+    "adams 4": Adams(4),
+    "unipc 2 bh1": UniPC(2, variant="bh1"),
+    "unipc 2 bh2": UniPC(2),
+    "unipc 3": UniPC(3),
+    "unipc 3 eps": UniPC(3, prediction="eps"),
+    "lms 4": LMS(4),
+    "ipndm 4": IPNDM(4),
+    "pndm": PNDM(),
+    "runge-kutta rk4": RungeKutta("rk4"),
+    "2s, then adams 3": Start(DPMpp2S(), Adams(3)),
+    "adaptive 0.1": Adaptive(rtol=0.1, atol=0.1),
+    "adaptive 0.01": Adaptive(rtol=0.01, atol=0.01),
+    "ddpm": DDPM(),
+    "ddim 1": DDIM(1.0),
+    "dpmpp-2m 1": DPMpp2M(1.0),
+    "dpmpp-3m 1": DPMpp3M(1.0),
+    "dpmpp-2s 1": DPMpp2S(1.0),
+    "adams 2 +c 0.5": Adams(2, 0.5, corrector=True),
+    "sa-solver": SASolver(),
+    "dpm2-ancestral": DPM2Ancestral(),
+    "euler 0.2": Euler(0.2),
+    "heun 0.2": Heun(0.2),
+    "langevin": PredictorCorrector(),
 }
-ONLY: dict[str, dict[str, list[Any]]] = {
-    "unipc": {"order": [2, 3], "corrector": [True], "eta": [0.0]},
-    "sa-solver": {"order": [2, 3], "corrector": [True], "eta": [1.0]},
-    "adaptive": {"method": ["dormand-prince"]},
-}
-HIDDEN = {"schedule", "atol"}
-
-
-def _made(kind: Any, options: dict[str, Any]) -> Any:
-    try:
-        return kind(**options)
-    except (InputError, TypeError):
-        return None
-
-
-def variants(name: str, kind: Any, schedule: Schedule) -> Iterator[tuple[str, Any]]:
-    """(name with settings, solver) for orders, correctors, predictions, variants, methods and eta in {0, 1}."""
-    if not dataclasses.is_dataclass(kind):
-        if (solver := _made(kind, {})) is not None:
-            yield name, solver
-        return
-    hints, choices = typing.get_type_hints(kind), {}
-    for field in [f.name for f in dataclasses.fields(kind) if f.init]:
-        if field in ONLY.get(name, {}):
-            choices[field] = ONLY[name][field]
-        elif typing.get_origin(hints[field]) is typing.Literal:
-            choices[field] = [v for v in typing.get_args(hints[field]) if v != "learned"]
-        elif field == "schedule":
-            choices[field] = [schedule]
-        elif field in CHOICES:
-            choices[field] = CHOICES[field]
-    for values in itertools.product(*choices.values()):
-        options = dict(zip(choices, values, strict=True))
-        if options.get("eta") and options.get("order", 1) > 3:
-            continue
-        if "rtol" in options:
-            options["atol"] = options["rtol"]
-        if (solver := _made(kind, options)) is not None:
-            shown = {k: v for k, v in options.items() if k not in HIDDEN and len(choices[k]) > 1}
-            shown = {k: v for k, v in shown.items() if not (k in ("eta", "gamma", "corrector") and not v)}
-            words = [v if isinstance(v, str) else "+c" if k == "corrector" else f"{k}={v:g}" for k, v in shown.items()]
-            yield " ".join([name, *words]), solver
 
 
 @functools.cache
 def solvers(schedule: Schedule) -> dict[str, Any]:
-    """All variants of all solvers; also multistep ones that begin with singlestep ones of almost their order."""
-    found = {}
-    for name, kind in SOLVERS.items():
-        if name not in SKIPPED:
-            found.update(variants(name, kind, schedule))
-    start, single = getattr(undiffuse.solvers, "Start", None), SOLVERS.get("dpm-solver")
-    for order in (3, 4) if start is not None and single is not None else ():
-        for first in (single(order=2, prediction="x0"), single(order=3, prediction="x0")):  # type: ignore[misc]
-            name = f"dpm-solver {first.order} then adams order={order}"  # type: ignore[attr-defined]
-            found[name] = start(first, SOLVERS["adams"](order=order))  # type: ignore[misc]
-    return found
+    """The solvers compared, as many with their spacings as the peer with most has; DEIS reads the schedule's time."""
+    return SOLVER_CASES | {"deis 3": DEIS(3, schedule=schedule), "deis 4": DEIS(4, schedule=schedule)}
 
 
 @functools.cache
 def grids(schedule: Schedule) -> dict[str, Callable[[Schedule, int], Any]]:
-    """The grids that make sense on a schedule, with ends at its own levels too."""
+    """The spacings, with ends at the schedule's own cleanest level where it has one."""
     end = schedule.index(0) if isinstance(schedule, Discrete) else schedule.level(0.0)
-    own = float(end.lam) if bool(end.sigma > 0) else None
-    found: dict[str, Any] = {f"uniform-lam {m:g}": GRIDS["uniform-lam"](lam_max=m) for m in (3.0, 4.0, 5.0, 6.0)}
-    found |= {"karras": GRIDS["karras"](), "karras .02": GRIDS["karras"](sigma_min=0.02)}
-    if own is not None:
-        found["uniform-lam own"] = GRIDS["uniform-lam"](lam_max=own)
-        found["karras own"] = GRIDS["karras"](sigma_min=math.exp(-own))
-    if isinstance(schedule, Discrete):
-        found |= {s: GRIDS["indexed"](s) for s in ("trailing", "leading", "linspace")}
-    for name, kind in GRIDS.items():  # ays starts at a level of its own, restart costs more than its steps
-        if name not in {"uniform-lam", "karras", "indexed", "explicit", "exponential", "polynomial", "ays", "restart"}:
-            grid = _made(kind, {})
-            if grid is not None:
-                found[name] = grid
-    return found
+    lam = float(end.lam) if bool(end.sigma > 0) else -math.log(0.002)
+    return {
+        "uniform-lam 5": UniformLam(),
+        "uniform-lam": UniformLam(lam_max=lam),
+        "karras": Karras(sigma_min=math.exp(-lam)),
+        "uniform-t": Indexed("trailing") if isinstance(schedule, Discrete) else UniformT(),
+        "quadratic": Quadratic(),
+        "beta": Beta(),
+    }
 
 
 @functools.cache
@@ -122,23 +121,23 @@ def _code(kind: type) -> bytes:
     return b"".join(_source(m) for m in sorted(names | shared) if m in sys.modules)
 
 
+@functools.cache
+def _levels(schedule: Schedule, grid: str, steps: int) -> tuple[Any, bytes] | None:
+    """The levels of a grid by name, and their bytes; None where the grid refuses so many steps."""
+    try:
+        levels = check_levels(grids(schedule)[grid](schedule, steps)).levels
+    except InputError:
+        return None
+    return levels, torch.stack([torch.stack([lv.alpha, lv.sigma]) for lv in levels]).numpy().tobytes()
+
+
 class Plan(typing.NamedTuple):
-    """A solver on levels, with its number of steps and its evaluations (None where they depend on the data)."""
+    """A solver on levels and its number of steps; `key` is a digest of the levels, its settings and its code."""
 
     solver: Any
     levels: tuple[undiffuse.Level, ...]
     steps: int
-    nfe: int | None
-
-    @property
-    def key(self) -> str:
-        """A digest of the levels, the solver's settings and its code."""
-        digest = hashlib.sha256(repr(self.solver).encode() + _code(type(self.solver)))
-        for part in (getattr(self.solver, "first", None), getattr(self.solver, "main", None)):
-            digest.update(_code(type(part)) if part is not None else b"")
-        for level in self.levels:
-            digest.update(torch.stack([level.alpha, level.sigma]).numpy().tobytes())
-        return digest.hexdigest()[:12]
+    key: str = ""
 
     def run(self, denoise: Any, z: Tensor, noise: Any = None) -> tuple[Tensor, int]:
         """(x at the end, evaluations) from unit noise."""
@@ -150,11 +149,15 @@ class Plan(typing.NamedTuple):
 
 
 class Ours:
-    """One solver on one grid of one schedule; plans its steps for a budget of evaluations."""
+    """One solver on a schedule, on any of its grids; plans its steps for a budget of evaluations."""
 
-    def __init__(self, solver: Any, grid: Any, schedule: Schedule) -> None:
-        self.solver, self.grid, self.schedule = solver, grid, schedule
-        self.adaptive, self.stochastic, self._counts = bool(getattr(solver, "adaptive", False)), False, {}
+    def __init__(self, solver: Any, schedule: Schedule) -> None:
+        self.solver, self.schedule, self.adaptive = solver, schedule, bool(getattr(solver, "adaptive", False))
+        code = b"".join(
+            _code(type(s)) for s in (solver, *(vars(solver).get(k) for k in ("first", "main", "inner"))) if s
+        )
+        self._digest, self._counts, self.stochastic = repr(solver).encode() + code, {}, False
+        self._count(3)
 
     def _count(self, steps: int) -> int | None:
         """Evaluations of this many steps, by a dry run up to 6 and linear beyond; None where it is refused."""
@@ -162,27 +165,29 @@ class Ours:
             five, six = self._count(5), self._count(6)
             return None if five is None or six is None else six + (steps - 6) * (six - five)
         if steps not in self._counts:
-            noise = Noise((1, 1), dtype=torch.float64)
+            noise, found = Noise((1, 1), dtype=torch.float64), _levels(self.schedule, "uniform-t", steps)
 
             def draw() -> Tensor:
                 self.stochastic = True
                 return noise()
 
             try:
-                levels = check_levels(self.grid(self.schedule, steps)).levels
-                plan = Plan(self.solver, levels, steps, None)
-                self._counts[steps] = plan.run(lambda x, level: x * 0, torch.ones(1, 1).double(), draw)[1]
+                assert found is not None
+                run = Plan(self.solver, found[0], steps).run
+                self._counts[steps] = run(lambda x, level: x * 0, torch.ones(1, 1).double(), draw)[1]
             except InputError:
                 self._counts[steps] = None
         return self._counts[steps]
 
-    def plan(self, budget: int) -> Plan | None:
-        """The longest run that fits the budget; adaptive solvers have one plan, given for a budget of 50."""
-        if self.adaptive:
-            levels = check_levels(self.grid(self.schedule, 50)).levels
-            return Plan(self.solver, (levels[0], *levels[-2:]), 0, None) if budget == 50 else None
+    def plan(self, grid: str, budget: int) -> Plan | None:
+        """The longest run that fits the budget; adaptive solvers have one plan, for a budget of 50 and uniform lam."""
         for steps in range(budget, 0, -1):
-            nfe = self._count(steps)
-            if nfe is not None and nfe <= budget:
-                return Plan(self.solver, check_levels(self.grid(self.schedule, steps)).levels, steps, nfe)
+            nfe = steps if self.adaptive else self._count(steps)
+            if nfe is not None and nfe <= budget and (found := _levels(self.schedule, grid, steps)) is not None:
+                levels, data = found
+                if self.adaptive:
+                    if budget != 50 or grid != "uniform-lam":
+                        return None
+                    levels = (*levels[: 2 if levels[0].alpha == 0 else 1], *levels[-2:])
+                return Plan(self.solver, levels, steps, hashlib.sha256(self._digest + data).hexdigest()[:12])
         return None

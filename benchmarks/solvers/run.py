@@ -21,7 +21,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 from ours import Ours, Plan, grids, solvers  # noqa: E402
 from peers import ADAPTOR, PEERS, VERSIONS, Case  # noqa: E402
 from reference import reference, unit_noise  # noqa: E402
-from targets import BUDGETS, CACHE, GAUSSIAN, SCHEDULES, SCREEN, TARGETS, Target  # noqa: E402
+from targets import BUDGETS, CACHE, GAUSSIAN, SCHEDULES, TARGETS, Target  # noqa: E402
 
 from undiffuse import InputError, Level, trace  # noqa: E402
 from undiffuse.schedule import Schedule  # noqa: E402
@@ -29,7 +29,7 @@ from undiffuse.schedule import Schedule  # noqa: E402
 Record = dict[str, Any]
 SHORT = (5, 10, 20, 50)
 FEW = {"ours": {"uniform-lam 5", "karras"}, "diffusers": {"trailing", "karras", "shifted"}, "k-diffusion": {"karras"}}
-N = 2000
+DRAWS = {2: 2000}
 
 
 class Store:
@@ -92,21 +92,13 @@ class Bench:
 
     def __init__(self, store: Store, budgets: tuple[int, ...], sides: set[str], quick: bool) -> None:
         self.store, self.budgets, self.sides, self.quick = store, budgets, sides, quick
-        self._ours: dict[str, dict[tuple[str, str], Ours]] = {}
+        self._ours: dict[str, dict[str, Ours]] = {}
 
-    def ours(self, name: str) -> dict[tuple[str, str], Ours]:
-        """All our (solver, grid) pairs on a schedule."""
+    def ours(self, name: str) -> dict[str, Ours]:
+        """All our solvers on a schedule."""
         if name not in self._ours:
-            s = SCHEDULES[name]
-            keep = {"ddim", "dpmpp-2m", "adams order=3 +c x0", "ddim eta=1"} if self.quick else solvers(s)
-            pairs = {}
-            for solver, value in solvers(s).items():
-                for grid, levels in grids(s).items():
-                    if solver in keep and not (getattr(value, "adaptive", False) and grid != "uniform-lam 6"):
-                        pairs[solver, grid] = Ours(value, levels, s)
-            for pair in pairs.values():
-                pair._count(3)
-            self._ours[name] = pairs
+            found, few = solvers(SCHEDULES[name]), {"ddim", "dpmpp-2m", "unipc 3", "ddim 1"}
+            self._ours[name] = {k: Ours(v, SCHEDULES[name]) for k, v in found.items() if k in few or not self.quick}
         return self._ours[name]
 
     def peers(self, schedule: Schedule, stochastic: bool) -> Iterator[tuple[str, Case]]:
@@ -126,29 +118,17 @@ class Bench:
 
         return self.store.get(f"{target.name}|{target.seeds}|{name}|{'|'.join(pair)}|{plan.steps}|{plan.key}", make)
 
-    def candidates(self, target: Target, name: str) -> Iterable[tuple[str, str]]:
-        """Our pairs for a target: all on the ring, elsewhere the ten best for each budget on ring and guided digits."""
-        pairs = self.ours(name)
-        if target.name in ("ring", "screen") or self.quick:
-            return pairs
-        chosen = {p for p in pairs if p[0] == "dpmpp-2m" or pairs[p].adaptive}
-        for small in (TARGETS["ring"], SCREEN):
-            cells = self.on_target(small, name)
-            for budget in self.budgets:
-                fits = [c for c in cells if "rms" in c and c["nfe"] <= budget]
-                chosen |= {(c["solver"], c["spacing"]) for c in sorted(fits, key=lambda c: c["rms"])[:10]}
-        return [p for p in pairs if p in chosen]
+    def candidates(self, name: str) -> list[tuple[str, str]]:
+        """All our pairs (solver, grid)."""
+        return [(solver, grid) for solver in self.ours(name) for grid in grids(SCHEDULES[name])]
 
-    def on_target(self, target: Target, name: str) -> list[Record]:
+    def cells(self, target: Target, name: str, pairs: list[tuple[str, str]], budgets: Iterable[int]) -> list[Record]:
         """Our deterministic cells of a target and schedule."""
         truth, out = reference(target, name, SCHEDULES[name]), []
-        for pair in self.candidates(target, name):
-            case, done = self.ours(name)[pair], set()
-            for budget in () if case.stochastic else self.budgets:
-                plan = case.plan(budget)
-                if plan is not None and plan.steps not in done:
-                    done.add(plan.steps)
-                    out.append(self.our_cell(target, name, pair, plan, truth))
+        for pair in pairs:
+            case = self.ours(name)[pair[0]]
+            plans = [] if case.stochastic else [p for b in budgets if (p := case.plan(pair[1], b)) is not None]
+            out += [self.our_cell(target, name, pair, p, truth) for p in {p.steps: p for p in plans}.values()]
         return out
 
     def deterministic(self, target: Target, name: str) -> None:
@@ -169,7 +149,7 @@ class Bench:
 
                 self.store.get(peer_key(target, name, lib, case, steps), make)
         if "ours" in self.sides:
-            self.on_target(target, name)
+            self.cells(target, name, self.candidates(name), self.budgets)
 
     def stochastic(self, name: str, budget: int) -> Iterator[tuple[str, str, str, int, Any]]:
         """(library, solver, spacing, steps, plan or case) of all stochastic samplers for a budget."""
@@ -177,10 +157,10 @@ class Bench:
             steps = case.steps_for(budget)
             if steps is not None:
                 yield lib, case.name, case.spacing, steps, case
-        for pair, ours in self.ours(name).items() if "ours" in self.sides else ():
-            plan = ours.plan(budget) if ours.stochastic else None
-            if plan is not None:
-                yield "ours", *pair, plan.steps, plan
+        for solver, ours in self.ours(name).items() if "ours" in self.sides else ():
+            for grid in grids(SCHEDULES[name]) if ours.stochastic else ():
+                if (plan := ours.plan(grid, budget)) is not None:
+                    yield "ours", solver, grid, plan.steps, plan
 
     def spread(self, name: str) -> None:
         """Exact output mean and std on Gaussian data of every stochastic sampler."""
@@ -201,10 +181,15 @@ class Bench:
 
     def draws(self, target: Target, name: str) -> None:
         """Energy distance of every stochastic sampler's draws to exact ones."""
-        schedule, denoise, exact = SCHEDULES[name], target.denoise(N), target.samples(N, 1)
-        floor = f"energy|{target.name}|floor"
-        self.store.get(floor, lambda: {"kind": "floor", "target": target.name, "energy": sum(
-            energy(target.samples(N, 2 * i + 2), target.samples(N, 2 * i + 3)) for i in range(5)) / 5})  # fmt: skip
+        n_draws = DRAWS.get(target.dim, 400)
+        schedule, denoise, exact = SCHEDULES[name], target.denoise(n_draws), target.samples(n_draws, 1)
+        floor = f"energy|{target.name}|{n_draws}|floor"
+
+        def between_exact() -> Record:
+            pairs = [(target.samples(n_draws, 2 * i + 2), target.samples(n_draws, 2 * i + 3)) for i in range(5)]
+            return {"kind": "floor", "target": target.name, "energy": sum(energy(*pair) for pair in pairs) / 5}
+
+        self.store.get(floor, between_exact)
         for budget in SHORT:
             for lib, solver, spacing, steps, case in self.stochastic(name, budget):
                 if target.dim > 2 and spacing not in FEW.get(lib, {spacing}):
@@ -216,7 +201,7 @@ class Bench:
                     g = torch.Generator().manual_seed(0)
 
                     def noise() -> Tensor:
-                        return torch.randn(N, *target.shape, generator=g, dtype=torch.float64)
+                        return torch.randn(n_draws, *target.shape, generator=g, dtype=torch.float64)
 
                     z = noise()
                     try:
@@ -231,7 +216,7 @@ class Bench:
                         return named | {"nfe": nfe, "error": "NaN or infinite result"}
                     return named | {"nfe": nfe, "energy": energy(x, exact)}
 
-                self.store.get(f"energy|{target.name}|{name}|{lib}|{solver}|{spacing}|{steps}|{key}", make)
+                self.store.get(f"energy|{target.name}|{n_draws}|{name}|{lib}|{solver}|{spacing}|{steps}|{key}", make)
 
 
 def moments(case: Plan | Case, schedule: Schedule, steps: int) -> tuple[list[float], list[float], int]:
@@ -321,7 +306,7 @@ def main() -> None:
                         if target.name == "ring" or name == "vp-linear":
                             bench.draws(target, name)
                     print(f"{target.name} on {name}: {time.perf_counter() - start:.0f} s", flush=True)
-        if not schedule_name and target_name in ("", "ring"):
+        if not schedule_name and target_name in ("", "ring") and sides != {"ours"}:
             orders(store)
     from report import report
 

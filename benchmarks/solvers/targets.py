@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -108,7 +109,7 @@ def cached(name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, Te
     path = CACHE / f"{name}.npz"
     if not path.exists():
         CACHE.mkdir(exist_ok=True)
-        part = path.with_suffix(".part.npz")
+        part = path.with_suffix(f".{os.getpid()}.npz")
         np.savez(part, **make())
         part.replace(path)
     with np.load(path) as arrays:
@@ -184,7 +185,7 @@ def gaussian() -> Mixture:
     return Mean([Spectrum(torch.full((3,), 0.2, dtype=torch.float64), std**2)])
 
 
-BUDGETS = (3, 4, 5, 6, 8, 10, 12, 16, 20, 30, 50)
+BUDGETS = (3, 4, 5, 6, 8, 10, 15, 20, 30, 50)
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
@@ -192,8 +193,7 @@ TARGETS: dict[str, Target] = {
         Target("digits", digits, (64,)),
         Target("digits-w3", digits, (64,), 3.0),
         Target("digits-w7.5", digits, (64,), 7.5),
-        Target("patches", patches, (3072,), seeds=8),
+        Target("patches", patches, (3072,), seeds=4),
     )
 }
-SCREEN = Target("screen", digits, (64,), 3.0, seeds=4)
 GAUSSIAN = Target("gaussian", gaussian, (3,))

@@ -1,7 +1,6 @@
 """Every entry of SOLVERS: exactness, order, invariance, exact moments, equivalences, edges."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -23,11 +22,13 @@ from undiffuse import (
     Level,
     Mixture,
     Noise,
+    Start,
     UniformLam,
     UniformT,
     trace,
     trajectory,
 )
+from undiffuse.certify import graded, order, problem, slope, truth, weak_order
 from undiffuse.sample import moments
 from undiffuse.solvers.exponential import moments as phi
 from undiffuse.solvers.exponential import weights
@@ -37,11 +38,6 @@ D64 = torch.float64
 
 def noise_like(x, seed=0):
     return Noise(x.shape, seed, dtype=x.dtype)
-
-
-def slope(errors):
-    """Measured order from errors at doubled step counts; the finest pair decides."""
-    return math.log2(errors[-2] / errors[-1])
 
 
 def errors_on_gaussian(solver, steps=(40, 80, 160)):
@@ -60,10 +56,43 @@ def errors_on_gaussian(solver, steps=(40, 80, 160)):
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_measured_order_is_the_documented_order(name):
+    """On a mixture, where no scheme is right by chance, with first steps 9 times the last.
+
+    A fifth order meets float64's rounding before its slope has settled; its conditions are proved in test_families.
+    """
+    documented = SOLVER_CASES[name].global_order
+    assert order(SOLVER_CASES[name]) == pytest.approx(documented, abs=0.1 if documented < 5 else 0.5)
+
+
+@pytest.mark.parametrize("name", sorted(STOCHASTIC))
+def test_the_output_std_converges_at_least_as_documented(name):
     solver = SOLVER_CASES[name]
-    limited = isinstance(solver, Adams) and solver.order > 2  # the cold start shows late
-    steps = (640, 1280) if limited else (40, 80, 160)
-    assert slope(errors_on_gaussian(solver, steps)) == pytest.approx(solver.global_order, abs=0.1)
+    assert weak_order(solver) > solver.global_order - 0.1
+    if solver.global_order == 0:
+        assert weak_order(solver) < 0.2, "it does not converge, and says so"
+
+
+def test_the_reference_of_the_orders_is_an_independent_solution():
+    """scipy's DOP853 on z = x / sigma, dz = x0 d(alpha / sigma), against our fifth-order method on x / alpha."""
+    from scipy.integrate import solve_ivp
+
+    model, x = problem()
+    first, last = graded(1)
+
+    def slope_of(lam, z):
+        level = Level.at(lam)
+        return ((level.alpha / level.sigma) * model(torch.tensor(z).reshape(3, 2) * level.sigma, level)).flatten()
+
+    z = (x / first.sigma).flatten().numpy()
+    found = solve_ivp(slope_of, (float(first.lam), float(last.lam)), z, "DOP853", rtol=1e-12, atol=1e-13)
+    assert torch.allclose(torch.tensor(found.y[:, -1]).reshape(3, 2) * last.sigma, truth(), atol=1e-11)
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_gaussian_data_are_followed_along_the_closed_form_flow(name):
+    errors = errors_on_gaussian(SOLVER_CASES[name], (40, 80))
+    assert errors[1] < 0.6 * errors[0] or errors[1] < 1e-9
+    assert errors[1] < 0.1 / 8 ** SOLVER_CASES[name].global_order
 
 
 @pytest.mark.parametrize(("order", "corrector"), [(1, False), (2, False), (3, False), (4, False), (2, True), (3, True)])
@@ -88,7 +117,7 @@ def test_adams_has_its_full_order_once_its_history_is_full(order, corrector):
             x, new = solver.step(model, x, now, then, past, noiseless)
             past = [new, *past][: solver.history]
         errors.append(float((x - exact[-1]).norm()))
-    assert slope(errors) == pytest.approx(order + corrector, abs=0.15)
+    assert slope(*errors[-2:]) == pytest.approx(order + corrector, abs=0.15)
 
 
 def exact_integral(p, start, h, kappa):
@@ -206,7 +235,7 @@ def test_drift_of_stochastic_adams_keeps_its_order(order, corrector):
         ratio = (0.3 + torch.exp(-2 * b.lam)) / (0.3 + torch.exp(-2 * a.lam))
         exact = b.alpha * (1 + ratio ** ((1 + eta**2) / 2) * (x / a.alpha - 1))
         errors.append(float((mean - exact).abs()))
-    assert slope(errors) == pytest.approx(order + corrector, abs=0.1)
+    assert slope(*errors[-2:]) == pytest.approx(order + corrector, abs=0.1)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -311,7 +340,11 @@ def test_one_step_pure_noise_and_clean_end_are_finite(name):
 def test_the_last_step_adds_no_noise(name):
     x, levels = torch.randn(2, 2, dtype=D64), UniformLam()(VP(), 6)
     states = list(trajectory(MIXTURE, x, levels, SOLVER_CASES[name], noise_like(x)))
-    assert torch.equal(states[-1].x, states[-1].x0) or torch.allclose(states[-1].x, states[-1].x0, atol=1e-12)
+    if name.startswith(("deis", "lms", "ipndm", "pndm")):  # eps as a polynomial through sigma = 0: no jump to x0
+        assert name in DETERMINISTIC
+        assert not torch.allclose(states[-1].x, states[-1].x0, atol=1e-9)
+    else:
+        assert torch.allclose(states[-1].x, states[-1].x0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", SOLVER_CASES)
@@ -368,7 +401,12 @@ def test_nfe_and_declared_calls():
     x, levels = torch.zeros(1, 2), UniformLam()(VP(), 8)
     for name, solver in SOLVER_CASES.items():
         *_, last = trajectory(MIXTURE, x, levels, solver, noise_like(x))
-        expected = 15 if name.startswith("heun") else 8
+        stages = solver.calls if not name.startswith("langevin") else 1
+        expected = 7 * stages + 1 if name != "pndm" else 3 * 4 + 5
+        if name.startswith("langevin"):
+            expected = 8 * solver.calls
+        elif isinstance(solver, Start) and name != "pndm":
+            expected = solver.history * solver.first.calls + 8 - solver.history
         assert last.nfe == expected, name
         assert trace(solver, levels).nfe == expected
 

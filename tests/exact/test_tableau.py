@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.cases import SOLVER_CASES, at, diagonal, drain
+from tests.cases import DETERMINISTIC, SOLVER_CASES, at, diagonal, drain
 from undiffuse import (
     DDIM,
     DDPM,
@@ -16,6 +16,7 @@ from undiffuse import (
     Gaussian,
     InputError,
     Level,
+    Mixture,
     Noise,
     Tableau,
     UniformLam,
@@ -140,3 +141,101 @@ def test_input_of_run_is_not_changed():
     assert torch.equal(x, before)
     y = Noise((2, 3))
     assert y().shape == (2, 3)
+
+
+MIXTURE = Mixture([diagonal(0.2, 0.05, mean=-1.0), diagonal(0.1, 0.3, mean=1.0)])
+
+
+@pytest.mark.parametrize("name", SOLVER_CASES)
+def test_parallel_converges_to_the_sequential_result(name):
+    """Picard sweeps over all points or a window give `run` to 1e-6, in no more sweeps than evaluations."""
+    table, x = trace(SOLVER_CASES[name], UniformLam()(VP(), 24)), torch.randn(4, 2, dtype=torch.float64)
+
+    def noise():
+        return Noise(x.shape, 1, dtype=torch.float64) if table.draws else None
+
+    for window in (None, 7):
+        got = table.parallel(MIXTURE, x, noise(), window)
+        assert torch.allclose(got.x, table.run(MIXTURE, x, noise()), atol=1e-6)
+        assert got.sweeps <= table.nfe
+    assert table.parallel(MIXTURE, x, noise(), 1).sweeps == table.nfe, "a window of one is the sequential run"
+
+
+def test_parallel_prints_sweeps_and_depth_saved():
+    table, x = trace(DDIM(), UniformLam()(VP(), 100)), torch.randn(8, 2, dtype=torch.float64)
+    got = table.parallel(MIXTURE, x)
+    assert got.sweeps < 40
+    assert str(got).startswith(
+        f"{got.sweeps} sweeps instead of 100 evaluations in a row ({1 - got.sweeps / 100:.0%} of"
+    )
+    with pytest.raises(InputError, match="window"):
+        table.parallel(MIXTURE, x, window=0)
+    with pytest.raises(InputError, match="draws noise"):
+        trace(DDPM(), LEVELS).parallel(MIXTURE, x)
+
+
+def test_parallel_takes_conditions_in_the_rows_that_it_documents():
+    from undiffuse import CFG, Label
+
+    model = Mixture([diagonal(0.1, 0.1, mean=m) for m in (-1.0, 0.0, 2.0)], labels=[0, 1, 2])
+    table, x, cond = trace(DDIM(), UniformLam()(VP(), 12)), torch.randn(3, 2), Label(3)([2, 0, 1])
+    rows = torch.arange(3).repeat(5)
+    got = table.parallel(CFG(2.0)(model, cond[rows]), x, window=5)
+    assert torch.allclose(got.x, table.run(CFG(2.0)(model, cond), x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in SOLVER_CASES if n in DETERMINISTIC])
+def test_inverse_returns_to_the_start(name):
+    levels = UniformLam()(VP(), 24)[:-1]
+    table, x = trace(SOLVER_CASES[name], levels), torch.randn(4, 2, dtype=torch.float64)
+    assert torch.allclose(table.inverse(MIXTURE, table.run(MIXTURE, x)), x, atol=1e-6)
+
+
+def test_inverse_says_what_has_none():
+    x = torch.randn(2, 2, dtype=torch.float64)
+    with pytest.raises(InputError, match="draws noise"):
+        trace(DDPM(), LEVELS[:-1]).inverse(MIXTURE, x)
+    with pytest.raises(InputError, match="sigma > 0"):
+        trace(DDIM(), LEVELS).inverse(MIXTURE, x)
+    with pytest.raises(InputError, match="did not settle"):
+        trace(DDIM(), UniformLam()(VP(), 24)[:-1]).inverse(MIXTURE, x, sweeps=2)
+
+
+class Watched(torch.Tensor):
+    """A tensor that counts what would make the host wait for a device: reading a value of it."""
+
+    reads = 0
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            cls.reads += 1
+        plain = torch.utils._pytree.tree_map(lambda v: v.plain if isinstance(v, Watched) else v, (args, kwargs or {}))
+        out = func(*plain[0], **plain[1])
+        if func.__name__.startswith(("add_", "mul_")):  # in place: the same watched tensor goes on
+            return args[0]
+        return torch.utils._pytree.tree_map(lambda v: Watched.of(v) if isinstance(v, torch.Tensor) else v, out)
+
+    @staticmethod
+    def of(plain):
+        watched = torch.Tensor._make_wrapper_subclass(Watched, plain.shape, dtype=plain.dtype, device=plain.device)
+        watched.plain = plain
+        return watched
+
+
+@pytest.mark.parametrize("name", SOLVER_CASES)
+def test_no_value_of_x_is_read_in_the_loop(name):
+    """On a GPU each would be a synchronisation. The driver looks at x once, before its first step, for NaN."""
+    levels, x = UniformLam()(VP(), 8), Watched.of(torch.randn(2, 3))
+
+    def noise():
+        return Watched.of(torch.randn(2, 3))
+
+    Watched.reads = 0
+    bool(torch.isfinite(x).all())
+    assert Watched.reads == 1, "the watch works"
+    end = trace(SOLVER_CASES[name], levels).run(lambda x, lv: torch.tanh(x), x, noise)
+    assert isinstance(end, Watched)
+    assert Watched.reads == 1
+    for state in trajectory(lambda x, lv: torch.tanh(x), x, levels, SOLVER_CASES[name], noise):
+        assert Watched.reads == 2, f"step {state.i}"

@@ -49,8 +49,9 @@ def exponential_euler(x: Tensor, x0: Tensor, now: Level, then: Level) -> Tensor:
 class Solver(Protocol):
     """Maps x at level `now` to x at level `then`.
 
-    `global_order`: order of convergence on the probability-flow solution (1 for stochastic settings); `calls`: denoiser
-    evaluations a step; `history`: how many past evaluations it reads.
+    `global_order`: order of convergence on the probability-flow solution, for stochastic settings that of the output's
+    distribution at least, and 0 where more steps leave an error; `calls`: denoiser evaluations a step; `history`: how
+    many past evaluations it reads. One that chooses its steps from the data has `adaptive = True`.
     """
 
     @property

@@ -21,7 +21,7 @@ class Consistency:
     the model's errors. With a plain denoiser it blurs, as E[x0 | x] is not the end of the path. One evaluation a step.
     """
 
-    global_order: ClassVar[int] = 1
+    global_order: ClassVar[int] = 0
     calls: ClassVar[int] = 1
     history: ClassVar[int] = 0
 

@@ -20,8 +20,8 @@ class Euler:
     """Euler in sigma / alpha, which is DDIM with eta = 0; before each step `gamma` > 0 adds noise (churn).
 
     Churn raises sigma / alpha by 1 + gamma where it lies in [s_min, s_max]; the paper's S_churn is
-    gamma = min(S_churn / N, sqrt(2) - 1). Order 1 (Heun: 2 without churn), one evaluation a step (Heun: 2, in the
-    last step 1, so 2 N - 1 for N steps).
+    gamma = min(S_churn / N, sqrt(2) - 1). Order 1 (Heun: 2), or 0 with churn: at a fixed gamma more steps add more
+    noise. One evaluation a step (Heun: 2, in the last step 1, so 2 N - 1 for N steps).
     """
 
     gamma: float = 0.0
@@ -39,7 +39,7 @@ class Euler:
 
     @property
     def global_order(self) -> int:
-        return 1
+        return 1 if self.gamma == 0 else 0
 
     def churn(self, x: Tensor, now: Level, noise: Noise) -> tuple[Tensor, Level]:
         """x with noise added, and its level; alpha stays, sigma grows."""
@@ -71,7 +71,7 @@ class Heun(Euler):
 
     @property
     def global_order(self) -> int:
-        return 2 if self.gamma == 0 else 1
+        return 2 if self.gamma == 0 else 0
 
     def step(
         self, denoise: Denoise, x: Tensor, now: Level, then: Level, past: Sequence[Eval], noise: Noise

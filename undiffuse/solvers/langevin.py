@@ -20,15 +20,16 @@ from undiffuse.types import Denoise, InputError, Noise
 class PredictorCorrector:
     """`corrections` Langevin steps at each level, then DDIM(eta) to the next (eta = 1: ancestral prediction).
 
-    A Langevin step is x + d sigma^2 score + sqrt(2 d) sigma z with d = 2 snr^2: the paper's step, its norms of z and of
-    the score replaced by their expectation, so that samples do not depend on their batch. It leaves data of variance v
-    per element at T (1 + d sigma^2 / (2 T) + ...), T = alpha^2 v + sigma^2. `corrections` + 1 evaluations a step.
+    A Langevin step is x + d sigma^2 score + sqrt(2 d) sigma z with d = 2 snr^2: the paper's step with the norm of the
+    score taken as that of z / sigma, so that a sample does not depend on its batch; where the data's own spread exceeds
+    sigma the paper's step is longer. Many such steps leave Gaussian data of true variance T at
+    T / (1 - d sigma^2 / (2 T)): order 0, as more levels do not remove it. `corrections` + 1 evaluations a step.
     """
 
     snr: float = 0.16
     corrections: int = 1
     eta: float = 1.0
-    global_order: ClassVar[int] = 1
+    global_order: ClassVar[int] = 0
     history: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
