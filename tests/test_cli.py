@@ -215,3 +215,52 @@ def test_import_is_light():
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
     assert out.split(maxsplit=1)[1].strip() == "[]"
+
+
+def test_certify_measures_every_solver_and_one(run):
+    code, out, err = run("certify", "--json", "--std", "1,0.25")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["failed"] == []
+    found = {s["name"]: s for s in facts["solvers"]}
+    assert len(found) == len(cli.KINDS["solver"])
+    assert found["unipc"]["measured"] == pytest.approx(3, abs=0.1)
+    assert found["dpmpp-2m"]["kept"] == pytest.approx([1.0157, 1.0148], abs=1e-3)
+    assert found["adaptive"]["kept"] is None
+    code, out, _ = run("certify", "--json", "solver=ddim", "sample.steps=10", "grid=indexed", "schedule=ddpm")
+    assert code == 0
+    assert len(json.loads(out)["solvers"]) == 1
+
+
+def test_certify_fails_a_solver_that_is_not_what_it_says(run, monkeypatch):
+    from undiffuse import UniPC
+    from undiffuse.solvers import SOLVERS
+
+    class Boastful(UniPC):
+        global_order = 5
+
+    monkeypatch.setitem(SOLVERS, "boastful", Boastful)
+    code, out, _ = run("certify", "solver=boastful")
+    assert code == 1
+    assert "FAILS" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["solver=dpmpp-4m"], "did you mean"),
+        (["solver=ddim", "solver.order=3"], "unknown key solver.order"),
+        (["net.width=3"], "certify needs no net"),
+        (["--std", "1,big"], "--std must be numbers"),
+        (["--std", "0"], "stds of the data must be > 0"),
+        (["sample.steps=0"], "must be >= 1"),
+        (["solver=unipc", "solver.eta=0.5"], "eta must be 0"),
+        (["solver=runge-kutta", "solver.method=rk9"], "unknown Runge-Kutta method"),
+        (["grid=restart", "sample.steps=1"], "needs levels around it"),
+        (["grid=ays", "grid.model=sd3"], "grid.model"),
+    ],
+)
+def test_certify_says_what_is_wrong(run, words, says):
+    code, _, err = run("certify", *words)
+    assert code == 2
+    assert says in err

@@ -4,13 +4,14 @@ valid one."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 import inspect
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pydantic
 import tomli_w
@@ -83,11 +84,13 @@ def _simple(annotation: Any) -> bool:
 
 def fields(kind: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     """The settings of a kind that a configuration may give: name -> (type, default or `...` where it must be given)."""
-    parameters = inspect.signature(kind, eval_str=True).parameters.values()
+    # a dataclass's inherited fields are annotated in their own modules, which only its class knows
+    plain = inspect.isclass(kind) and not dataclasses.is_dataclass(kind)
+    hints = get_type_hints(kind.__init__ if plain else kind)
     return {
-        p.name: (p.annotation, ... if p.default is p.empty else p.default)
-        for p in parameters
-        if _simple(p.annotation) and p.name not in FROM_DATA
+        p.name: (hints[p.name], ... if p.default is p.empty else p.default)
+        for p in inspect.signature(kind).parameters.values()
+        if _simple(hints[p.name]) and p.name not in FROM_DATA
     }
 
 

@@ -78,7 +78,7 @@ def outcome(act: Callable[[], Any]) -> str:
 
 
 def reab() -> list[Row]:
-    """Row 1: one letter in azula's REAB."""
+    """One letter in azula's REAB."""
     rows = []
     source = inspect.getsource(peers.AZULA.REABSampler.__call__)
     for name in ("REAB-2", "REAB-3"):
@@ -95,7 +95,7 @@ def reab() -> list[Row]:
 
 
 def third_order() -> list[Row]:
-    """Rows 2 and 3: third-order multistep weights."""
+    """Third-order multistep weights."""
     kind = "DPMSolverMultistepScheduler"
     rows = []
     for algorithm, kappa in (("dpmsolver++", 1), ("sde-dpmsolver++", 2)):
@@ -114,7 +114,7 @@ def third_order() -> list[Row]:
 
 
 def no_branch() -> list[Row]:
-    """Row 4: an order without a formula."""
+    """An order without a formula."""
     walk = Scheduler("DPMSolverMultistepScheduler", "vp", SIGMA_MIN, {})
     z, ring = torch.ones(2, 2, dtype=torch.float64), TARGETS["ring"]
 
@@ -125,7 +125,7 @@ def no_branch() -> list[Row]:
 
 
 def ddim_linspace() -> list[Row]:
-    """Row 5: DDIM leaves its own grid."""
+    """DDIM leaves its own grid."""
     rows, mixture, schedule = [], GAUSSIAN.mixture, SCHEDULES["scaled-linear"]
     for n in (5, 10, 20, 50):
         theirs = moments(find("diffusers", "DDIM", "linspace"), schedule, n)[1][1]
@@ -137,7 +137,7 @@ def ddim_linspace() -> list[Row]:
 
 
 def one_step() -> list[Row]:
-    """Row 7: k-diffusion's SDE samplers in one step."""
+    """K-diffusion's SDE samplers in one step."""
     z, rows = torch.ones(2, 2, dtype=torch.float64), []
     for name in ("dpmpp_2m_sde", "dpmpp_3m_sde"):
         walk = find("k-diffusion", name, "karras").walk
@@ -150,13 +150,13 @@ def one_step() -> list[Row]:
 
 
 def equal_steps() -> list[Row]:
-    """Row 8: weights of equal steps on unequal ones (diff-sampler's iPNDM is not on PyPI; diffusers has the same)."""
+    """Weights of equal steps on unequal ones (diff-sampler's iPNDM is not on PyPI; diffusers has the same)."""
     got = f"{global_slope(find('diffusers', 'IPNDM', 'its own').walk):.2f}"
     return [("diffusers IPNDM, called fourth-order, on equal steps in lam: slope on Gaussian data", "4", got)]
 
 
 def repeated() -> list[Row]:
-    """Row 9: timesteps that round to the same integer."""
+    """Timesteps that round to the same integer."""
     z, rows = torch.ones(2, 2, dtype=torch.float64), []
     for name in ("dpmsolver++ 2M", "UniPC-2 bh2", "DEIS-2", "dpmsolver++ 2S", "SASolver-2 tau=0"):
         case = find("diffusers", name, "karras")
@@ -179,7 +179,7 @@ def repeated() -> list[Row]:
 
 
 def state() -> list[Row]:
-    """Row 10: schedulers change themselves."""
+    """Schedulers change themselves."""
     flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_dynamic_shifting": True}
     s = diffusers_class("DPMSolverMultistepScheduler")(**flow)
     before = s.config.flow_shift
@@ -201,7 +201,7 @@ def state() -> list[Row]:
 
 
 def flow_ddpm() -> list[Row]:
-    """Row 15: smalldiffusion's ancestral noise on a flow."""
+    """Smalldiffusion's ancestral noise on a flow."""
     rows = []
     for n in (20, 50, 400):
         std = moments(find("smalldiffusion", "DDPM gam=1 mu=.5", "flow"), SCHEDULES["flow-1"], n)[1][0]
@@ -234,18 +234,17 @@ def others() -> list[Row]:
     return rows
 
 
-EXPERIMENTS = {
-    "1": reab, "2, 3": third_order, "4": no_branch, "5": ddim_linspace, "7": one_step, "8": equal_steps, "9": repeated,
-    "10": state, "15": flow_ddpm, "new": others,
-}  # fmt: skip
+EXPERIMENTS = (
+    reab, third_order, no_branch, ddim_linspace, one_step, equal_steps, repeated, state, flow_ddpm, others,
+)  # fmt: skip
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    rows = [[number, *row] for number, experiment in EXPERIMENTS.items() for row in experiment()]
+    rows = [list(row) for experiment in EXPERIMENTS for row in experiment()]
     versions = ", ".join(f"{k} {v}" for k, v in VERSIONS.items())
-    text = f"{versions}; the numbers are those of the list of known defects, `new` were found by this benchmark.\n\n"
-    write("Defects of peers", "python benchmarks/solvers/defects.py", text + table(["no", "what", "due", "got"], rows))
+    text = f"{versions}\n\n"
+    write("Defects of peers", "python benchmarks/solvers/defects.py", text + table(["what", "due", "got"], rows))
 
 
 if __name__ == "__main__":
