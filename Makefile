@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-solvers clean
 .DEFAULT_GOAL := demo
 
 .venv/.base: pyproject.toml constraints.txt
@@ -31,8 +31,16 @@ lint: .venv/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/.dev
-	for b in ddpm_chain orders overhead import_time; do $(BIN)/python benchmarks/$$b.py || exit 1; done
+.venv/.peers: .venv/.dev
+	$(PIP) -c constraints.txt tqdm einops
+	$(PIP) -c constraints.txt --no-deps azula smalldiffusion
+	@touch $@
+
+bench: .venv/.peers
+	for b in ddpm_chain overhead import_time solvers/defects; do $(BIN)/python benchmarks/$$b.py || exit 1; done
+
+bench-solvers: .venv/.peers
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/solvers/run.py
 
 clean:
 	rm -rf .venv runs

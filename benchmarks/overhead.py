@@ -1,16 +1,18 @@
-"""Time per step of `Tableau.run` and `trajectory` beside a hand-written loop of the same arithmetic."""
+"""Time per step of `Tableau.run`, `trajectory` and other libraries' samplers beside hand-written loops."""
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from common import table, write
 
-from undiffuse import DDIM, VP, DPMpp2M, UniformLam, trace, trajectory
+from undiffuse import DDIM, VP, DPMpp2M, UniformLam, UniPC, trace, trajectory
 
 STEPS, ROUNDS = 50, 60
 
@@ -54,6 +56,72 @@ def hand_2m(levels, denoise, x):  # type: ignore[no-untyped-def]
     return run
 
 
+def hand_terms(plan, denoise, x):  # type: ignore[no-untyped-def]
+    """Any multistep solver's additions with their coefficients as numbers: the shortest loop for its table."""
+    rows, before = [], plan.points[0]
+    for i in range(plan.nfe):
+        after = plan.points[i + 1] if i + 1 < plan.nfe else plan.out
+        keep = float(after[0] / before[0])
+        rest = after - keep * before
+        terms = [(int(j) - 1, float(rest[j])) for j in (rest.abs() > 1e-12).nonzero()[:, 0]]
+        rows.append((plan.levels[i], keep, terms))
+        before = after
+
+    def run() -> torch.Tensor:
+        y, seen = x, []
+        for level, keep, terms in rows:
+            seen.append(denoise(y, level))
+            y = y.mul(keep) if keep else torch.zeros_like(y)
+            for j, c in terms:
+                y.add_(seen[j], alpha=c)
+        return y
+
+    return run
+
+
+def peers(shape: tuple[int, ...]) -> dict[str, Callable[[], object]]:
+    """Other libraries' samplers as installed, in float32, with a constant for the network's answer."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+    from tests.peers import load_k_diffusion
+
+    x, constant, found = torch.randn(shape), torch.randn(shape), {}
+    for name, kind, options in (
+        ("diffusers DPM++2M", DPMSolverMultistepScheduler, {}),
+        ("diffusers UniPC-3", UniPCMultistepScheduler, {"solver_order": 3}),
+    ):
+
+        def scheduled(kind=kind, options=options):  # type: ignore[no-untyped-def]
+            scheduler, y = kind(prediction_type="sample", **options), x
+            scheduler.set_timesteps(STEPS)
+            for t in scheduler.timesteps:
+                y = scheduler.step(constant, t, y, return_dict=False)[0]
+
+        found[name] = scheduled
+    k = load_k_diffusion()
+    sigmas = k.get_sigmas_karras(STEPS, 0.02, 80.0)
+    found["k-diffusion 2M"] = lambda: k.sample_dpmpp_2m(lambda x, sigma: constant, x, sigmas, disable=True)
+    try:
+        from azula.denoise import DiracPosterior
+        from azula.noise import VPSchedule
+        from azula.sample import DDIMSampler
+    except ImportError:
+        return found
+
+    class Constant(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.schedule = VPSchedule()
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> object:
+            return DiracPosterior(mean=constant)
+
+    sampler = DDIMSampler(Constant(), steps=STEPS, silent=True)
+    found["azula DDIM"] = lambda: sampler(x)
+    return found
+
+
 def compare(runs: dict[str, Callable[[], object]]) -> tuple[dict[str, float], dict[str, float]]:
     """Median microseconds per step, and median ratio to `hand` over rounds in which all take turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -68,7 +136,7 @@ def compare(runs: dict[str, Callable[[], object]]) -> tuple[dict[str, float], di
 
 def main() -> None:
     torch.set_num_threads(1)
-    rows = []
+    rows, others = [], []
     for shape in ((16, 3, 32, 32), (1, 4, 64, 64)):
         x, constant = torch.randn(shape), torch.randn(shape)
         levels = UniformLam()(VP(), STEPS)
@@ -76,14 +144,18 @@ def main() -> None:
         def denoise(x, level, constant=constant):  # type: ignore[no-untyped-def]
             return constant
 
-        for name, solver, hand in (("DDIM", DDIM(), hand_ddim), ("DPM-Solver++(2M)", DPMpp2M(), hand_2m)):
+        for name, solver, hand in (
+            ("DDIM", DDIM(), hand_ddim),
+            ("DPM-Solver++(2M)", DPMpp2M(), hand_2m),
+            ("UniPC-3", UniPC(3), None),
+        ):
             plan = trace(solver, levels)
 
             def drive(solver=solver, denoise=denoise, levels=levels, x=x):  # type: ignore[no-untyped-def]
                 for _ in trajectory(denoise, x, levels, solver):
                     pass
 
-            by_hand = hand(levels, denoise, x)
+            by_hand = hand(levels, denoise, x) if hand else hand_terms(plan, denoise, x)
             assert torch.allclose(by_hand(), plan.run(denoise, x), atol=1e-5)
 
             def run(plan=plan, x=x, denoise=denoise):  # type: ignore[no-untyped-def]
@@ -94,9 +166,15 @@ def main() -> None:
                 micro, ratio = compare(runs)
             rows.append([name, str(shape), f"{micro['hand']:.1f}", f"{micro['tableau']:.1f}", f"{ratio['tableau']:.2f}",
                          f"{micro['driver']:.1f}", f"{ratio['driver']:.2f}"])  # fmt: skip
+        with torch.no_grad():
+            floor = hand_ddim(levels, denoise, x)
+            micro, ratio = compare({"hand": floor, **peers(shape)})
+        others += [[n, str(shape), f"{micro[n]:.0f}", f"{ratio[n]:.1f}"] for n in micro if n != "hand"]
     header = ["solver", "shape, float32", "hand, us/step", "Tableau.run", "ratio", "trajectory", "ratio"]
     text = f"{STEPS} steps, constant denoiser, one thread, medians of {ROUNDS} interleaved rounds.\n\n"
-    write("Overhead per step", "python benchmarks/overhead.py", text + table(header, rows))
+    text += table(header, rows) + "\n\nOther libraries, over DDIM's hand-written loop of two additions:\n\n"
+    text += table(["sampler", "shape, float32", "us/step", "ratio"], others)
+    write("Overhead per step", "python benchmarks/overhead.py", text)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,11 @@ class Bench:
         self.store, self.budgets, self.sides, self.quick = store, budgets, sides, quick
         self._ours: dict[str, dict[str, Ours]] = {}
 
+    def budgets_of(self, target: Target, name: str) -> tuple[int, ...]:
+        """All budgets on the plotted schedule and the cheap targets; the tables' four elsewhere."""
+        whole = name == "vp-linear" and target.name in ("ring", "digits", "digits-w3")
+        return self.budgets if whole or self.quick else SHORT
+
     def ours(self, name: str) -> dict[str, Ours]:
         """All our solvers on a schedule."""
         if name not in self._ours:
@@ -136,7 +141,7 @@ class Bench:
         schedule = SCHEDULES[name]
         truth, z, denoise = reference(target, name, schedule), unit_noise(target), target.denoise(target.seeds)
         for lib, case in self.peers(schedule, False):
-            for steps in sorted({s for b in self.budgets if (s := case.steps_for(b)) is not None}):
+            for steps in sorted({s for b in self.budgets_of(target, name) if (s := case.steps_for(b)) is not None}):
 
                 def make(lib: str = lib, case: Case = case, steps: int = steps) -> Record:
                     named = labels(target, name, lib, case.name, case.spacing, steps)
@@ -149,7 +154,7 @@ class Bench:
 
                 self.store.get(peer_key(target, name, lib, case, steps), make)
         if "ours" in self.sides:
-            self.cells(target, name, self.candidates(name), self.budgets)
+            self.cells(target, name, self.candidates(name), self.budgets_of(target, name))
 
     def stochastic(self, name: str, budget: int) -> Iterator[tuple[str, str, str, int, Any]]:
         """(library, solver, spacing, steps, plan or case) of all stochastic samplers for a budget."""

@@ -11,6 +11,7 @@ Solvers differ in how they replace the prediction by what they have evaluated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -33,18 +34,27 @@ def check_prediction(prediction: str, eta: float) -> None:
         raise InputError(f"eta must be 0 (probability-flow ODE) to 1 (reverse SDE), got {eta}")
 
 
+# J_p = sum over k of (-1)^k p! / (p + k + 1)! z^(k + 1): row k, column p
+SERIES = torch.tensor(
+    [[(-1) ** k * math.factorial(p) / math.factorial(p + k + 1) for p in range(8)] for k in range(20)],
+    dtype=torch.float64,
+)
+EXPONENTS = torch.arange(1, 21, dtype=torch.float64)
+
+
 def moments(z: Tensor, count: int) -> Tensor:
-    """J_p = z int_0^1 e^(-z (1 - s)) s^p ds for p = 0 ... count - 1, stacked last: a series at small z, else the
+    """J_p = z int_0^1 e^(-z (1 - s)) s^p ds for p = 0 ... count - 1 < 8, stacked last: a series at small z, else the
     recurrence J_p = 1 - p J_(p-1) / z."""
-    small, out = z.abs() < 1, [-torch.expm1(-z)]
+    small = z.abs() < 1
+    if bool(small.all()):
+        return (z[..., None] ** EXPONENTS.to(z.device)) @ SERIES[:, :count].to(z.device)
+    safe, out = torch.where(small, 1.0, z), [-torch.expm1(-z)]
     for p in range(1, count):
-        zs = torch.where(small, z, 0.0)
-        term = total = zs / (p + 1)
-        for j in range(1, 18):
-            term = -term * zs / (p + 1 + j)
-            total = total + term
-        out.append(torch.where(small, total, 1 - p * out[-1] / z))
-    return torch.stack(out, -1)
+        out.append(1 - p * out[-1] / safe)
+    large = torch.stack(out, -1)
+    return (
+        torch.where(small[..., None], moments(torch.where(small, z, 0.0), count), large) if bool(small.any()) else large
+    )
 
 
 def weights(nodes: list[Tensor], h: Tensor, kappa: float | Tensor) -> Tensor:
@@ -52,8 +62,8 @@ def weights(nodes: list[Tensor], h: Tensor, kappa: float | Tensor) -> Tensor:
     kappa int_0^h e^(-kappa (h - u)) D(u) du for every polynomial D of lower degree than there are nodes."""
     if len(nodes) == 1:  # also where h is infinite
         return -torch.expm1(-kappa * h)[..., None]
-    powers = torch.arange(len(nodes), dtype=torch.float64)[:, None]
-    vandermonde = torch.stack([n / h for n in nodes], -1)[..., None, :].pow(powers)
+    powers = torch.arange(len(nodes), dtype=torch.float64, device=h.device)[:, None]
+    vandermonde = (torch.stack(nodes, -1) / h[..., None])[..., None, :] ** powers
     w: Tensor = torch.linalg.solve(vandermonde, moments(kappa * h, len(nodes)))
     return w
 
