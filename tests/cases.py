@@ -9,7 +9,7 @@ from torch import Tensor
 
 from undiffuse import SCHEDULES, SOLVERS, Discrete, Level, Spectrum, trace, zero_terminal_snr
 from undiffuse.solvers import Adams, Ancestral, Butcher, DPMpp2M, DPMSolver, RungeKutta, Start, UniPC
-from undiffuse.solvers.rk import METHODS
+from undiffuse.solvers.butcher import METHODS
 
 FIXED = {name: kind for name, kind in SOLVERS.items() if not getattr(kind, "adaptive", False)}
 SOLVER_CASES = {

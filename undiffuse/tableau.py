@@ -188,12 +188,13 @@ class Tableau:
             sweeps += 1
         return Parallel(self._point(plan[n], base, known), sweeps, n, window)
 
-    def inverse(self, denoise: Denoise, x: Tensor, tol: float = 1e-9, sweeps: int = 200) -> Tensor:
+    def inverse(self, denoise: Denoise, x: Tensor, tol: float = 1e-9, sweeps: int = 400, share: float = 0.8) -> Tensor:
         """The start from which `run` arrives at x: the exact inverse of a deterministic tableau, not of the ODE.
 
-        Fixed-point iteration on the noise predictions, from the end backwards, until the start moves by less than
-        `tol` per element. Raises InputError for tableaux that draw noise, start at pure noise or end at clean data
-        (both forget x), and where `sweeps` do not suffice: take smaller steps, or less guidance.
+        Fixed-point iteration on the noise predictions, from the end backwards, each moved by `share` of its change,
+        until the start moves by less than `tol` per element, or the rounding of x's dtype. Raises InputError for
+        tableaux that draw noise, start at pure noise or end at clean data (both forget x), for a bad share or sweeps,
+        and where `sweeps` do not suffice: take smaller steps, less guidance, or a smaller share.
 
         >>> from undiffuse import DDIM, Gaussian, Spectrum, VP, UniformLam, trace
         >>> model, levels = Gaussian(Spectrum(torch.zeros(1), torch.ones(1))), UniformLam()(VP(), 8)[:-1]
@@ -201,26 +202,33 @@ class Tableau:
         >>> bool((plan.run(model, plan.inverse(model, x)) - x).abs() < 1e-8)
         True
         """
+        if not (0 < share <= 1 and sweeps >= 1):
+            raise InputError(f"inverse needs 0 < share <= 1 and sweeps >= 1, got {share} and {sweeps}")
         if self.draws:
             raise InputError(f"this tableau draws noise {self.draws} times: only deterministic ones have an inverse")
         heads = torch.cat([self.points[:, 0], self.out[:1]])
         if not bool((heads.abs() > 1e-12).all() and (self.alpha > 0).all()):
             raise InputError("the inverse needs levels with alpha > 0 and sigma > 0, start and end included")
+        tol = max(tol, 16 * torch.finfo(x.dtype).eps * float(x.abs().max()))
         keep, table = heads[1:] / heads[:-1], torch.cat([self.points, self.out[None]])
         rest = table[1:, 1:] - keep[:, None] * table[:-1, 1:]
         x0 = {i: denoise(x, level) for i, level in enumerate(self.levels)}
-        points: dict[int, Tensor] = {}
+        eps = {i: (x - level.alpha * x0[i]) / level.sigma for i, level in enumerate(self.levels)}
+        start = x
         for _ in range(sweeps):
-            before, point = points.get(0, x), x
+            point, last = x, start
             for i in reversed(range(self.nfe)):
                 level, own = self.levels[i], float(rest[i, i])
-                eps = (points.get(i, x) - level.alpha * x0[i]) / level.sigma
                 point = point - sum(float(rest[i, j]) * x0[j] for j in range(i) if rest[i, j] != 0)
-                point = (point + own * level.sigma / level.alpha * eps) / (keep[i] + own / level.alpha)
-                points[i], x0[i] = point, denoise(point, level)
-            if bool((points[0] - before).abs().max() <= tol):
-                return points[0] / heads[0]
-        raise InputError(f"the inverse did not settle in {sweeps} sweeps: take smaller steps, or less guidance")
+                point = (point + own * level.sigma / level.alpha * eps[i]) / (keep[i] + own / level.alpha)
+                x0[i] = denoise(point, level)
+                eps[i] = torch.lerp(eps[i], (point - level.alpha * x0[i]) / level.sigma, share)
+            start, moved = point, float((point - last).abs().max())
+            if moved <= tol * share:
+                return start / heads[0]
+        raise InputError(
+            f"the inverse did not settle in {sweeps} sweeps: take smaller steps, less guidance or a smaller share"
+        )
 
     def gaussian(self, variances: Tensor, means: Tensor | None = None, exact_start: bool = False) -> Moments:
         """Exact output mean and variance per mode for Gaussian data with these variances (k,) and means (default 0).

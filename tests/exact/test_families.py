@@ -42,9 +42,9 @@ from undiffuse import (
 from undiffuse.level import between
 from undiffuse.sample import moments
 from undiffuse.solvers import IPNDM
-from undiffuse.solvers.deis import gauss_legendre
+from undiffuse.solvers.butcher import METHODS
 from undiffuse.solvers.exponential import halved, weights
-from undiffuse.solvers.rk import METHODS
+from undiffuse.solvers.quadrature import gauss_legendre
 
 D64 = torch.float64
 MIXTURE = Mixture([diagonal(0.2, 0.05, mean=-1.0), diagonal(0.1, 0.3, mean=1.0)])

@@ -8,6 +8,7 @@ from undiffuse.solvers.adams import Adams
 from undiffuse.solvers.adaptive import Adaptive
 from undiffuse.solvers.ancestral import Ancestral, DPM2Ancestral, DPMpp2SAncestral, EulerAncestral
 from undiffuse.solvers.base import Eval, Solver
+from undiffuse.solvers.butcher import Butcher
 from undiffuse.solvers.consistency import Consistency
 from undiffuse.solvers.ddim import DDIM
 from undiffuse.solvers.ddpm import DDPM
@@ -17,7 +18,7 @@ from undiffuse.solvers.dpmpp import DPMpp2M, DPMpp2S, DPMpp3M
 from undiffuse.solvers.edm import Euler, Heun
 from undiffuse.solvers.langevin import PredictorCorrector
 from undiffuse.solvers.pndm import IPNDM, PNDM
-from undiffuse.solvers.rk import Butcher, RungeKutta
+from undiffuse.solvers.rk import RungeKutta
 from undiffuse.solvers.sa import SASolver
 from undiffuse.solvers.start import Start
 from undiffuse.solvers.unipc import UniPC

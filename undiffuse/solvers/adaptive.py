@@ -11,7 +11,8 @@ from torch import Tensor
 
 from undiffuse.level import Level, between
 from undiffuse.solvers.base import Eval, combine, exponential_euler
-from undiffuse.solvers.rk import METHODS, method_of, stages, weighted
+from undiffuse.solvers.butcher import METHODS, method_of
+from undiffuse.solvers.rk import stages, weighted
 from undiffuse.types import Denoise, InputError, Noise
 
 
@@ -65,11 +66,11 @@ class Adaptive:
             return c.to(x.device) + rows
 
         start, end = (Level(spread(lv.alpha), spread(lv.sigma)) for lv in (now, then))
-        here, y, x0, h = start, x.double(), new.x0.double(), rows + self.first
-        before, done = rows + 1.0, rows.bool()
+        lam, y, x0, h = start.lam, x.double(), new.x0.double(), rows + self.first
+        before, here = rows + 1.0, start
         for _ in range(self.max_steps):
-            lam = torch.where(done, end.lam, torch.minimum(here.lam + h, end.lam))
-            reach = between(start, end, lam)
+            target = torch.minimum(lam + h, end.lam)
+            reach = between(start, end, target)
             evals = stages(ask, Eval(here, y, x0), reach, a)
             ds, scaled = reach.sigma / reach.alpha - here.sigma / here.alpha, y / here.alpha
             fine = combine((torch.ones_like(ds), scaled), *weighted(b, ds, evals))
@@ -77,17 +78,13 @@ class Adaptive:
             size = self.atol + self.rtol * torch.maximum(scaled.abs(), fine.abs())
             error = (gap / size).square().flatten(1).mean(1).sqrt().reshape(each)
             error = torch.nan_to_num(error, nan=1e6, posinf=1e6).clamp(min=1e-10)
-            ok = (error <= 1) & ~done
-            y, here = torch.where(ok, fine * reach.alpha, y), _choose(ok, reach, here)
-            done = done | (ok & (lam >= end.lam))
-            if bool(done.all()):
+            ok = error <= 1
+            y, lam = torch.where(ok, fine * reach.alpha, y), torch.where(ok, target, lam)
+            if bool((lam >= end.lam).all()):
                 return y.to(x.dtype), new
-            factor = 0.9 * error ** (-0.7 / order) * torch.where(ok, before, 1.0) ** (0.4 / order)
-            h, before = h * factor.clamp(0.2, 5.0), torch.where(ok, error, before)
+            here, factor = between(start, end, lam), 0.9 * error ** (-0.7 / order)
+            h = h * (factor * torch.where(ok, before, 1.0) ** (0.4 / order)).clamp(0.2, 5.0)
+            before = torch.where(ok, error, before)
             # the last stage of a pair such as Dormand and Prince's lies where the next step starts
             x0 = torch.where(ok, evals[-1].x0 if a[-1] == b[:-1] else ask(y, here), x0)
         raise InputError(f"{self} took {self.max_steps} steps and did not arrive: raise rtol, atol or max_steps")
-
-
-def _choose(which: Tensor, yes: Level, no: Level) -> Level:
-    return Level(torch.where(which, yes.alpha, no.alpha), torch.where(which, yes.sigma, no.sigma))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar, Literal
 
 import torch
@@ -14,18 +13,10 @@ from undiffuse.level import Level
 from undiffuse.schedule import VP, Schedule
 from undiffuse.solvers.base import Eval, combine, exponential_euler
 from undiffuse.solvers.exponential import finite
+from undiffuse.solvers.quadrature import gauss_legendre
 from undiffuse.types import Denoise, InputError, Noise
 
 LINEAR = VP()
-
-
-@cache
-def gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the n-point rule on [0, 1], from the eigenvectors of its Jacobi matrix (Golub, Welsch)."""
-    k = torch.arange(1, n, dtype=torch.float64)
-    off = k / (4 * k**2 - 1).sqrt()
-    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    return (1 + nodes) / 2, vectors[0] ** 2
 
 
 @dataclass(frozen=True)
@@ -89,11 +80,11 @@ class DEIS:
         times = torch.stack([self.schedule.time(n.lam) for n in nodes], -1)
         t, out = self.schedule.time(-points.log()), []
         for j in range(len(nodes)):
-            others = [k for k in range(len(nodes)) if k != j]
-            basis = torch.ones_like(t)
-            for k in others:
-                basis = basis * (t - times[..., k, None]) / (times[..., j, None] - times[..., k, None])
-            out.append((basis * ds).sum(-1))
+            basis = ds
+            for k in range(len(nodes)):
+                if k != j:
+                    basis = basis * (t - times[..., k, None]) / (times[..., j, None] - times[..., k, None])
+            out.append(basis.sum(-1))
         return torch.stack(out, -1)
 
 

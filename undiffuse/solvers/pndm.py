@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,10 +20,10 @@ from undiffuse.types import Denoise, InputError, Noise
 EQUAL_STEPS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
-def transfer(x: Tensor, now: Level, then: Level, terms: Sequence[tuple[float, Tensor]]) -> Tensor:
+def transfer(x: Tensor, now: Level, then: Level, terms: Iterable[tuple[float, Eval]]) -> Tensor:
     """DDIM's step with a combination of noise predictions (equation 11): x'/alpha' = x/alpha + (s' - s) sum w eps."""
     change = then.sigma - then.alpha / now.alpha * now.sigma
-    return combine((then.alpha / now.alpha, x), *((w * change, eps) for w, eps in terms))
+    return combine((then.alpha / now.alpha, x), *((w * change, e.eps) for w, e in terms))
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,7 @@ class IPNDM:
         if not bool((now.alpha > 0).all()):
             return exponential_euler(x, new.x0, now, then), new
         evals = [new, *finite(past)][: self.order]
-        return transfer(
-            x, now, then, [(w, e.eps) for w, e in zip(EQUAL_STEPS[len(evals) - 1], evals, strict=True)]
-        ), new
+        return transfer(x, now, then, zip(EQUAL_STEPS[len(evals) - 1], evals, strict=True)), new
 
 
 @dataclass(frozen=True)
@@ -82,10 +80,9 @@ class PseudoRungeKutta:
         time = (self.schedule.time(now.lam) + self.schedule.time(then.lam)) / 2
         middle, stages = between(now, then, self.schedule.level(time).lam), [new]
         for end in (middle, middle, then):
-            point = transfer(x, now, end, [(1.0, stages[-1].eps)])
+            point = transfer(x, now, end, [(1.0, stages[-1])])
             stages.append(Eval(end, point, denoise(point, end)))
-        weights = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
-        return transfer(x, now, then, [(w, e.eps) for w, e in zip(weights, stages, strict=True)]), new
+        return transfer(x, now, then, zip((1 / 6, 1 / 3, 1 / 3, 1 / 6), stages, strict=True)), new
 
 
 def PNDM() -> Start:
