@@ -277,8 +277,8 @@ class Counter:
 class AnalyticStart:
     """Wraps a model so that at pure noise (alpha = 0) x0 is the data's mean, which is exact there, without a call.
 
-    `mean` broadcasts against x: of the data, or of each sample's class. Saves one evaluation on schedules that start at
-    alpha = 0; elsewhere nothing changes.
+    `mean` (*data) is that of all data, so a call with a condition goes to the model. Saves one evaluation on schedules
+    that start at alpha = 0; elsewhere nothing changes. Raises InputError for a mean that is not of x's shape.
 
     >>> from undiffuse import DPMpp2M, Flow, UniformT, trajectory
     >>> count = Counter(Gaussian(Spectrum(torch.full((1,), 0.5), torch.ones(1))))
@@ -292,10 +292,12 @@ class AnalyticStart:
     def __init__(self, model: Any, mean: Tensor) -> None:
         self.model, self.mean = model, mean
 
-    def __call__(self, x: Tensor, level: Level, *cond: Any) -> Tensor:
-        if level.alpha.ndim == 0 and level.alpha == 0:
+    def __call__(self, x: Tensor, level: Level, cond: Any = None) -> Tensor:
+        if cond is None and level.alpha.ndim == 0 and level.alpha == 0:
+            if self.mean.shape != x.shape[1:]:
+                raise InputError(f"the mean has shape {tuple(self.mean.shape)}, the data {tuple(x.shape[1:])}")
             return self.mean.to(x).expand(x.shape).clone()
-        return self.model(x, level, *cond)  # type: ignore[no-any-return]
+        return self.model(x, level) if cond is None else self.model(x, level, cond)  # type: ignore[no-any-return]
 
 
 class FixedRows:

@@ -116,6 +116,8 @@ def trajectory(
     >>> [state.nfe for state in trajectory(model, torch.ones(4, 1), UniformT()(VP(), 3), DDIM())]
     [1, 2, 3]
     """
+    if isinstance(solver, type) or not callable(getattr(solver, "step", None)):
+        raise InputError(f"solver must be a solver's instance such as DPMpp2M(), got {solver!r}")
     levels, rises = check_levels(levels)
     if not bool(torch.isfinite(x).all()):
         raise InputError("x has NaN or infinite values: check the noise or the picture that sampling starts from")
@@ -171,6 +173,10 @@ def sample(
     """
     solver, grid = solver or DPMpp2M(), grid or UniformLam()
     guide = CFG(float(guidance)) if isinstance(guidance, int | float) else guidance
+    if isinstance(grid, type) or not callable(grid) or isinstance(schedule, type) or not hasattr(schedule, "level"):
+        raise InputError(
+            f"schedule and grid must be instances such as VP() and UniformLam(), got {schedule!r}, {grid!r}"
+        )
     n, levels = shape[0], check_levels(grid(schedule, steps)).levels
     if n < 1 or (batch is not None and batch < 1):
         raise InputError(f"the number of samples and the batch must be >= 1, got n = {n}, batch = {batch}")

@@ -76,10 +76,10 @@ class Tableau:
             raise InputError(
                 f"a tableau of points {tuple(self.points.shape)} and out {tuple(self.out.shape)} is broken"
             )
+        if not bool(torch.isfinite(self.points).all() and torch.isfinite(self.out).all()):
+            raise InputError(f"the coefficients of {self.name or 'a tableau'} must be finite: another grid may help")
         if bool(self.points[:, 1 : 1 + n].triu().any()):
             raise InputError("a tableau's evaluations may only use earlier ones: points must be lower triangular")
-        if not bool(torch.isfinite(self.points).all() and torch.isfinite(self.out).all()):
-            raise InputError("a tableau's coefficients must be finite")
 
     @property
     def nfe(self) -> int:

@@ -15,6 +15,7 @@ from undiffuse import (
     VP,
     Adams,
     Adaptive,
+    AnalyticStart,
     Ancestral,
     Butcher,
     Consistency,
@@ -27,6 +28,7 @@ from undiffuse import (
     Flow,
     Gaussian,
     InputError,
+    Label,
     Level,
     Mixture,
     Noise,
@@ -342,10 +344,50 @@ def test_a_finer_grid_and_a_higher_order_come_nearer_to_the_mixtures_flow():
         lambda: UniPC(3, variant="bh3"), lambda: UniPC(3, eta=0.5), lambda: UniPC(0), lambda: Adams(2, prediction="v"),
         lambda: SASolver(lam_min=1.0, lam_max=0.0), lambda: SASolver(eta=2.0), lambda: DEIS(0), lambda: DEIS(3, "x"),
         lambda: IPNDM(5), lambda: RungeKutta("rk5"), lambda: RungeKutta(own=Butcher(((), (1.0,)), (0.5, 0.6), 2)),
-        lambda: RungeKutta(own=Butcher(((1.0,), (1.0,)), (0.5, 0.5), 2)), lambda: Adaptive(atol=0.0),
+        lambda: RungeKutta(own=Butcher(((1.0,), (1.0,)), (0.5, 0.5), 2)),
+        lambda: RungeKutta(own=Butcher(((), (2.0,)), (0.75, 0.25), 2)),
+        lambda: RungeKutta(own=Butcher(((), (1.0,)), (0.5, 0.5), 7)),
+        lambda: RungeKutta(own=Butcher(((), (math.nan,)), (0.5, 0.5), 2)), lambda: Adaptive(atol=0.0),
         lambda: Ancestral(DDIM(), 1.5), lambda: PredictorCorrector(snr=0.0), lambda: PredictorCorrector(corrections=-1),
     ],
 )  # fmt: skip
 def test_impossible_hyperparameters_are_refused(broken):
     with pytest.raises(InputError):
         broken()
+
+
+def test_deis_beyond_its_schedules_end_uses_the_times_that_differ():
+    """Two levels noisier than the schedule's first have one time there: no polynomial goes through both."""
+    levels = [*at(torch.linspace(-8, 3, 16, dtype=D64)), Level(1, 0)]
+    table = trace(DEIS(4), levels)
+    assert torch.isfinite(table.out).all()
+    kept = float(table.gaussian(torch.tensor([0.25])).variance.sqrt()) / 0.5
+    assert kept == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("wrapped", [Ancestral(Adaptive(), 0.0), Start(Adaptive(), Adams(3))])
+def test_a_wrapped_adaptive_solver_cannot_be_traced_either(wrapped):
+    with pytest.raises(InputError, match="cannot be traced"):
+        trace(wrapped, at([-1.0, 1.0]))
+    assert torch.isfinite(drain(trajectory(MIXTURE, torch.zeros(1, 2).double(), at([-1.0, 1.0]), wrapped))).all()
+
+
+def test_the_analytic_start_is_exact_and_saves_a_call():
+    mean, x, levels = torch.tensor([0.3, 0.3], dtype=D64), torch.randn(4, 2, dtype=D64), UniformLam()(Flow(), 6)
+    count = Counter(Gaussian(diagonal(0.5, 0.2, mean=0.3)))
+    plain = drain(trajectory(count, x, levels, DPMpp2M()))
+    saved = drain(trajectory(AnalyticStart(count, mean), x, levels, DPMpp2M()))
+    assert torch.allclose(plain, saved, atol=1e-14)
+    assert count.calls == 6 + 5
+    classes = Mixture([diagonal(0.1, 0.1, mean=m) for m in (-1.0, 2.0)], labels=[0, 1])
+    cond, start = Label(2)([0, 1, 1, 0]), Level(0, 1)
+    asked = AnalyticStart(classes, torch.full((2,), 0.5))(x, start, cond)
+    assert torch.equal(asked, classes(x, start, cond)), "with a condition the mean is another"
+    with pytest.raises(InputError, match="the mean has shape"):
+        AnalyticStart(count, torch.zeros(3))(x, start)
+
+
+@pytest.mark.parametrize("solver", [DDIM, "ddim", None])
+def test_what_is_no_solver_is_named(solver):
+    with pytest.raises(InputError, match="instance such as DPMpp2M"):
+        drain(trajectory(MIXTURE, torch.zeros(1, 2), at([-1.0, 1.0]), solver))

@@ -40,7 +40,10 @@ class CFG:
             return self.w
         inside = (level.lam >= self.lam_min) & (level.lam <= self.lam_max)
         if bool(inside.any()) != bool(inside.all()):
-            raise InputError("a guidance interval needs one level for the whole batch")
+            raise InputError(
+                "a guidance interval (lam_min, lam_max) needs one level for the batch; Adaptive, Tableau.parallel "
+                "and levels per sample give every row its own: use them without an interval"
+            )
         return self.w if bool(inside.all()) else 1.0
 
     def __call__(self, model: Model, cond: Any, /) -> Denoise:

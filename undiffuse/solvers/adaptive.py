@@ -22,8 +22,9 @@ class Adaptive:
 
     The pair's error per step, root mean square over the sample in units of x / alpha, is kept under
     atol + rtol |x / alpha| by a PI controller that starts with steps of `first` in lam. Order and evaluations a step
-    are the pair's; the grid needs few levels. Depends on the data: runs in the driver, cannot be traced. InputError
-    where a sample needs more than `max_steps`.
+    are the pair's. The grid needs few levels, but its steps from pure noise and to clean data take one evaluation, for
+    which no tolerance holds: have levels near both ends, as `UniformLam` does from 3 steps on. Depends on the data:
+    runs in the driver, cannot be traced. InputError where a step of the grid needs more than `max_steps`.
     """
 
     adaptive: ClassVar[bool] = True
@@ -32,7 +33,7 @@ class Adaptive:
     rtol: float = 1e-3
     atol: float = 1e-3
     first: float = 0.05
-    max_steps: int = 10_000
+    max_steps: int = 1_000
 
     def __post_init__(self) -> None:
         if not method_of(self.method, None).low:

@@ -34,6 +34,11 @@ class Ancestral:
         return self.inner.global_order if self.eta == 0 else 1
 
     @property
+    def adaptive(self) -> bool:
+        """Whether steps are chosen from the data."""
+        return bool(getattr(self.inner, "adaptive", False))
+
+    @property
     def calls(self) -> int:
         return self.inner.calls
 

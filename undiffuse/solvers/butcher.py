@@ -50,8 +50,11 @@ def method_of(name: str, own: Butcher | None) -> Butcher:
     if own is None and name not in METHODS:
         raise InputError(f"unknown Runge-Kutta method {name!r}: one of {', '.join(METHODS)}, or give `own`")
     found = METHODS[name] if own is None else Butcher(*own)
-    fits = len(found.a) == len(found.b) and all(len(row) == i for i, row in enumerate(found.a))
-    sums = [sum(w) for w in (found.b, found.low) if w]
-    if not (fits and found.order >= 1 and all(abs(total - 1) < 1e-12 for total in sums)):
-        raise InputError(f"a Butcher tableau needs rows of 0, 1, ... stages, and weights that sum to 1; got {found}")
+    n, both = len(found.b), [w for w in (found.b, found.low) if w]
+    fits = len(found.a) == n and all(len(row) == i and -1e-12 <= sum(row) <= 1 + 1e-12 for i, row in enumerate(found.a))
+    if not (fits and 1 <= found.order <= n and all(len(w) == n and abs(sum(w) - 1) < 1e-12 for w in both)):
+        raise InputError(
+            "a Butcher tableau needs rows of 0, 1, ... stages with sums in [0, 1], weights that sum to 1, and an "
+            f"order of at most the number of stages; got {found}"
+        )
     return found

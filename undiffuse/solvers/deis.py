@@ -59,9 +59,18 @@ class DEIS:
         new = Eval(now, x, denoise(x, now))
         if not bool((now.alpha > 0).all()):
             return exponential_euler(x, new.x0, now, then), new
-        evals = [new, *finite(past)][: self.order]
+        evals = self.distinct([new, *finite(past)])[: self.order]
         w = then.alpha[..., None] * self.weights([e.level for e in evals], now, then)
         return combine((then.alpha / now.alpha, x), *((w[..., j], e.eps) for j, e in enumerate(evals))), new
+
+    def distinct(self, evals: list[Eval]) -> list[Eval]:
+        """Without those whose time another one has: levels beyond the ends of `schedule` all have its end's."""
+        kept: list[Eval] = []
+        for e in evals if self.coordinate == "t" else ():
+            t = self.schedule.time(e.level.lam)
+            if all(bool(((t - self.schedule.time(k.level.lam)).abs() > 1e-9).all()) for k in kept):
+                kept.append(e)
+        return kept or evals
 
     def weights(self, nodes: list[Level], now: Level, then: Level) -> Tensor:
         """int_s^s' of each node's Lagrange polynomial, stacked last."""

@@ -29,6 +29,11 @@ class Start:
         return min(self.first.global_order + 1, getattr(self.main, "full_order", self.main.global_order))
 
     @property
+    def adaptive(self) -> bool:
+        """Whether steps are chosen from the data."""
+        return bool(any(getattr(s, "adaptive", False) for s in (self.first, self.main)))
+
+    @property
     def calls(self) -> int:
         return self.main.calls
 
