@@ -42,7 +42,7 @@ from undiffuse import (
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
 ]
 
 SHAPE = (3, 2, 4, 4)
@@ -573,7 +573,10 @@ def test_k_diffusion_sde_in_one_step(k, ve_model, which):
     assert gap(theirs, ours(x, Level(1, 20))) < 1e-10
 
 
-@pytest.mark.parametrize("solver", [*(kind() for kind in SOLVERS.values()), Adams(2, eta=1.0), Adams(3, eta=1.0)])
+ONE_STEP = [kind() for name, kind in SOLVERS.items() if name != "langevin"]  # which moves x before it asks
+
+
+@pytest.mark.parametrize("solver", [*ONE_STEP, Adams(2, eta=1.0), Adams(3, eta=1.0)])
 def test_every_solver_in_one_step(ve_model, solver):
     """One step from noise to clean data is the denoiser's answer, for every solver."""
     ours, x = ve_model[0], noise(1)()

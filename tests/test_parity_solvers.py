@@ -63,7 +63,7 @@ from undiffuse.solvers.pndm import PseudoRungeKutta
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
 ]
 
 UNEVEN = [-2.5, -2.1, -1.4, -0.9, -0.1, 0.4, 1.3, 2.0]

@@ -83,7 +83,7 @@ def kept_std(solver: Solver, levels: Sequence[Level], stds: Sequence[float] = ST
 
     >>> from undiffuse import DDIM, VP, UniformLam
     >>> [round(kept, 2) for kept in kept_std(DDIM(), UniformLam()(VP(), 10), (1.0, 0.25))]
-    [0.91, 0.58]
+    [0.76, 0.76]
     """
     true = torch.tensor(stds, dtype=torch.float64)
     if not bool(((true > 0) & (true < 1e6)).all()):
