@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -62,6 +63,18 @@ def weights(nodes: list[Tensor], h: Tensor, kappa: float | Tensor) -> Tensor:
     kappa int_0^h e^(-kappa (h - u)) D(u) du for every polynomial D of lower degree than there are nodes."""
     if len(nodes) == 1:  # also where h is infinite
         return -torch.expm1(-kappa * h)[..., None]
+    if h.ndim == 0 and not (h.requires_grad or any(n.requires_grad for n in nodes)):
+        return _known(tuple(float(n) for n in nodes), float(h), float(kappa))
+    return _solved(nodes, h, kappa)
+
+
+@lru_cache(maxsize=4096)  # a grid's weights are the same for every batch
+def _known(nodes: tuple[float, ...], h: float, kappa: float) -> Tensor:
+    numbers = [torch.tensor(n, dtype=torch.float64) for n in nodes]
+    return _solved(numbers, torch.tensor(h, dtype=torch.float64), kappa)
+
+
+def _solved(nodes: list[Tensor], h: Tensor, kappa: float | Tensor) -> Tensor:
     powers = torch.arange(len(nodes), dtype=torch.float64, device=h.device)[:, None]
     vandermonde = (torch.stack(nodes, -1) / h[..., None])[..., None, :] ** powers
     w: Tensor = torch.linalg.solve(vandermonde, moments(kappa * h, len(nodes)))
