@@ -206,7 +206,8 @@ def sample(
     started = time.perf_counter()
     cond = model.cond(labels, use.n)
     schedule, grid = config.build("schedule"), config.build("grid")
-    total = -(-use.n // use.batch) * (len(grid(schedule, use.steps)) - 1)
+    chunks = -(-use.n // use.batch)
+    total = chunks * (len(grid(schedule, use.steps)) - 1)
     with Bars(as_json) as bars:
         done: list[int] = []
 
@@ -240,7 +241,7 @@ def sample(
     facts = {
         "file": str(out),
         "n": use.n,
-        "nfe": counter.calls // -(-use.n // use.batch),
+        "nfe": counter.calls // chunks,
         "rows_per_sample": counter.rows / use.n,
         "seconds": round(seconds, 4),
         "seconds_per_sample": round(seconds / use.n, 6),

@@ -21,7 +21,7 @@ from targets import SCHEDULES
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.peers import Promoted, load_k_diffusion
+from tests.peers import SCHEDULERS, Promoted, load_k_diffusion
 from undiffuse import EDM, Counter, Denoise, Discrete, Flow, Level
 from undiffuse.schedule import Schedule
 
@@ -100,25 +100,9 @@ def heun_nfe(steps: int) -> int:
 
 # diffusers
 
-MODULES = {
-    "DDIMScheduler": "ddim",
-    "DDPMScheduler": "ddpm",
-    "PNDMScheduler": "pndm",
-    "DPMSolverMultistepScheduler": "dpmsolver_multistep",
-    "DPMSolverSinglestepScheduler": "dpmsolver_singlestep",
-    "UniPCMultistepScheduler": "unipc_multistep",
-    "DEISMultistepScheduler": "deis_multistep",
-    "SASolverScheduler": "sasolver",
-    "EulerDiscreteScheduler": "euler_discrete",
-    "EulerAncestralDiscreteScheduler": "euler_ancestral_discrete",
-    "HeunDiscreteScheduler": "heun_discrete",
-    "KDPM2DiscreteScheduler": "k_dpm_2_discrete",
-    "KDPM2AncestralDiscreteScheduler": "k_dpm_2_ancestral_discrete",
-    "LMSDiscreteScheduler": "lms_discrete",
-    "IPNDMScheduler": "ipndm",
+MODULES = {kind: name for name, kind in SCHEDULERS.items()} | {
     "EDMEulerScheduler": "edm_euler",
     "EDMDPMSolverMultistepScheduler": "edm_dpmsolver_multistep",
-    "FlowMatchEulerDiscreteScheduler": "flow_match_euler_discrete",
     "FlowMatchHeunDiscreteScheduler": "flow_match_heun_discrete",
 }
 BETAS: dict[int, dict[str, Any]] = {

@@ -12,12 +12,11 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from common import table, write  # noqa: E402
-from targets import BUDGETS, SCHEDULES, TARGETS  # noqa: E402
+from targets import BUDGETS, NFE, SCHEDULES, TARGETS  # noqa: E402
 
 Record = dict[str, Any]
 COMMAND = "python benchmarks/solvers/run.py"
 LIBRARIES = ("ours", "diffusers", "k-diffusion", "azula", "smalldiffusion")
-NFE = (5, 10, 20, 50)
 COLUMNS = ("target", "schedule", "library", "solver", "spacing", "steps", "nfe", "rms", "median", "kind", "std", "mean",
            "energy", "error")  # fmt: skip
 FAMOUS = (
@@ -227,12 +226,3 @@ def report(records: list[Record], publish: bool) -> None:
         once = {tuple(str(r.get(c)) for c in (*COLUMNS[:6], "kind")): r for r in cells}  # the newest of each
         writer.writerows({k: short(v) for k, v in once[key].items()} for key in sorted(once))
     plot(results, HERE.parents[1] / "docs" / "solvers.png")
-
-
-if __name__ == "__main__":
-    import json
-
-    from targets import CACHE
-
-    lines = (CACHE / "results.jsonl").read_text().splitlines()
-    report(list({r["key"]: r for r in map(json.loads, lines)}.values()), publish="--publish" in sys.argv)

@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,12 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 from ours import Ours, Plan, grids, solvers  # noqa: E402
 from peers import ADAPTOR, PEERS, VERSIONS, Case  # noqa: E402
 from reference import reference, unit_noise  # noqa: E402
-from targets import BUDGETS, CACHE, GAUSSIAN, SCHEDULES, TARGETS, Target  # noqa: E402
+from targets import BUDGETS, CACHE, GAUSSIAN, NFE, SCHEDULES, TARGETS, Target  # noqa: E402
 
 from undiffuse import InputError, Level, trace  # noqa: E402
 from undiffuse.schedule import Schedule  # noqa: E402
 
 Record = dict[str, Any]
-SHORT = (5, 10, 20, 50)
 FEW = {"ours": {"uniform-lam 5", "karras"}, "diffusers": {"trailing", "karras", "shifted"}, "k-diffusion": {"karras"}}
 DRAWS = {2: 2000}
 
@@ -99,7 +98,7 @@ class Bench:
         cheap = target.name in ("ring", "digits")
         if self.quick or (name == "vp-linear" and (cheap or target.name == "digits-w3")):
             return self.budgets
-        return SHORT if cheap or name == "vp-linear" else SHORT[:-1]
+        return NFE if cheap or name == "vp-linear" else NFE[:-1]
 
     def ours(self, name: str) -> dict[str, Ours]:
         """All our solvers on a schedule."""
@@ -116,27 +115,23 @@ class Bench:
                     if not self.quick or i % 12 == 0:
                         yield lib, case
 
-    def our_cell(self, target: Target, name: str, pair: tuple[str, str], plan: Plan, truth: Tensor) -> Record:
+    def our_cell(self, target: Target, name: str, pair: tuple[str, str], plan: Plan, truth: Tensor) -> None:
         """One of our cells."""
 
         def make() -> Record:
             x, nfe = plan.run(target.denoise(target.seeds), unit_noise(target))
             return labels(target, name, "ours", *pair, plan.steps) | {"nfe": nfe} | distance(x, truth)
 
-        return self.store.get(f"{target.name}|{target.seeds}|{name}|{'|'.join(pair)}|{plan.steps}|{plan.key}", make)
+        self.store.get(f"{target.name}|{target.seeds}|{name}|{'|'.join(pair)}|{plan.steps}|{plan.key}", make)
 
-    def candidates(self, name: str) -> list[tuple[str, str]]:
-        """All our pairs (solver, grid)."""
-        return [(solver, grid) for solver in self.ours(name) for grid in grids(SCHEDULES[name])]
-
-    def cells(self, target: Target, name: str, pairs: list[tuple[str, str]], budgets: Iterable[int]) -> list[Record]:
-        """Our deterministic cells of a target and schedule."""
-        truth, out = reference(target, name, SCHEDULES[name]), []
-        for pair in pairs:
-            case = self.ours(name)[pair[0]]
-            plans = [] if case.stochastic else [p for b in budgets if (p := case.plan(pair[1], b)) is not None]
-            out += [self.our_cell(target, name, pair, p, truth) for p in {p.steps: p for p in plans}.values()]
-        return out
+    def our_cells(self, target: Target, name: str) -> None:
+        """All our deterministic cells of a target and schedule: every solver on every grid."""
+        truth = reference(target, name, SCHEDULES[name])
+        for solver, case in self.ours(name).items():
+            for grid in grids(SCHEDULES[name]) if not case.stochastic else ():
+                plans = [p for b in self.budgets_of(target, name) if (p := case.plan(grid, b)) is not None]
+                for plan in {p.steps: p for p in plans}.values():
+                    self.our_cell(target, name, (solver, grid), plan, truth)
 
     def deterministic(self, target: Target, name: str) -> None:
         """All deterministic cells of a target and schedule."""
@@ -156,7 +151,7 @@ class Bench:
 
                 self.store.get(peer_key(target, name, lib, case, steps), make)
         if "ours" in self.sides:
-            self.cells(target, name, self.candidates(name), self.budgets_of(target, name))
+            self.our_cells(target, name)
 
     def stochastic(self, name: str, budget: int) -> Iterator[tuple[str, str, str, int, Any]]:
         """(library, solver, spacing, steps, plan or case) of all stochastic samplers for a budget."""
@@ -172,7 +167,7 @@ class Bench:
     def spread(self, name: str) -> None:
         """Exact output mean and std on Gaussian data of every stochastic sampler."""
         schedule = SCHEDULES[name]
-        for budget in SHORT:
+        for budget in NFE:
             for lib, solver, spacing, steps, case in self.stochastic(name, budget):
                 key = case.key if isinstance(case, Plan) else f"{VERSIONS[lib]}|{ADAPTOR}"
 
@@ -197,7 +192,7 @@ class Bench:
             return {"kind": "floor", "target": target.name, "energy": sum(energy(*pair) for pair in pairs) / 5}
 
         self.store.get(floor, between_exact)
-        for budget in SHORT:
+        for budget in NFE:
             for lib, solver, spacing, steps, case in self.stochastic(name, budget):
                 if target.dim > 2 and spacing not in FEW.get(lib, {spacing}):
                     continue

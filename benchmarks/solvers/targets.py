@@ -186,6 +186,7 @@ def gaussian() -> Mixture:
 
 
 BUDGETS = (3, 4, 5, 6, 8, 10, 15, 20, 30, 50)
+NFE = (5, 10, 20, 50)  # of the tables
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (

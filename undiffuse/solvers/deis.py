@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from undiffuse.level import Level
 from undiffuse.schedule import VP, Schedule
-from undiffuse.solvers.base import Eval, combine, exponential_euler
-from undiffuse.solvers.exponential import finite
+from undiffuse.solvers.base import Eval
+from undiffuse.solvers.multistep import EpsMultistep
 from undiffuse.solvers.quadrature import gauss_legendre
-from undiffuse.types import Denoise, InputError, Noise
+from undiffuse.types import InputError
 
 LINEAR = VP()
 
 
 @dataclass(frozen=True)
-class DEIS:
+class DEIS(EpsMultistep):
     """Adams-Bashforth on eps: x'/alpha' = x/alpha + int eps ds, s = sigma / alpha, over the newest `order` predictions.
 
     coordinate: eps is a polynomial in time t of `schedule` ("t": tAB, integrated by quadrature) or in s ("rho":
@@ -28,15 +27,11 @@ class DEIS:
     first step has one prediction, which limits the global order to 2. A step from pure noise (alpha = 0) is DDIM's.
     """
 
-    max_order: ClassVar[int] = 5
-    calls: ClassVar[int] = 1
-    order: int = 4
     coordinate: Literal["t", "rho"] = "t"
     schedule: Schedule = LINEAR
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.order, int) and 1 <= self.order <= self.max_order):
-            raise InputError(f"DEIS needs 1 <= order <= {self.max_order}, got {self.order}")
+        super().__post_init__()
         if self.coordinate not in ("t", "rho"):
             raise InputError(f"DEIS coordinate must be 't' or 'rho', got {self.coordinate!r}")
 
@@ -45,32 +40,16 @@ class DEIS:
         """The order once all evaluations are there."""
         return self.order
 
-    @property
-    def global_order(self) -> int:
-        return min(self.order, 2)
-
-    @property
-    def history(self) -> int:
-        return self.order - 1
-
-    def step(
-        self, denoise: Denoise, x: Tensor, now: Level, then: Level, past: Sequence[Eval], noise: Noise
-    ) -> tuple[Tensor, Eval]:
-        new = Eval(now, x, denoise(x, now))
-        if not bool((now.alpha > 0).all()):
-            return exponential_euler(x, new.x0, now, then), new
-        evals = self.distinct([new, *finite(past)])[: self.order]
-        w = then.alpha[..., None] * self.weights([e.level for e in evals], now, then)
-        return combine((then.alpha / now.alpha, x), *((w[..., j], e.eps) for j, e in enumerate(evals))), new
-
-    def distinct(self, evals: list[Eval]) -> list[Eval]:
+    def usable(self, evals: list[Eval]) -> list[Eval]:
         """Without those whose time another one has: levels beyond the ends of `schedule` all have its end's."""
+        if self.coordinate == "rho":
+            return evals
         kept: list[Eval] = []
-        for e in evals if self.coordinate == "t" else ():
+        for e in evals:
             t = self.schedule.time(e.level.lam)
             if all(bool(((t - self.schedule.time(k.level.lam)).abs() > 1e-9).all()) for k in kept):
                 kept.append(e)
-        return kept or evals
+        return kept
 
     def weights(self, nodes: list[Level], now: Level, then: Level) -> Tensor:
         """int_s^s' of each node's Lagrange polynomial, stacked last."""

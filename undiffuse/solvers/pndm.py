@@ -13,9 +13,9 @@ from undiffuse.level import Level, between
 from undiffuse.schedule import Schedule
 from undiffuse.solvers.base import Eval, combine, exponential_euler
 from undiffuse.solvers.deis import LINEAR
-from undiffuse.solvers.exponential import finite
+from undiffuse.solvers.multistep import EpsMultistep
 from undiffuse.solvers.start import Start
-from undiffuse.types import Denoise, InputError, Noise
+from undiffuse.types import Denoise, Noise
 
 EQUAL_STEPS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
@@ -27,36 +27,18 @@ def transfer(x: Tensor, now: Level, then: Level, terms: Iterable[tuple[float, Ev
 
 
 @dataclass(frozen=True)
-class IPNDM:
+class IPNDM(EpsMultistep):
     """Adams-Bashforth weights of equal steps on eps, in DDIM's step (PLMS), whatever the levels: the published method.
 
     As the steps in sigma / alpha are not equal, its global order is at most 2 for every `order` from 2 to 4;
     `LMS` has the weights for unequal steps. One evaluation a step; DDIM's step from pure noise.
     """
 
-    calls: ClassVar[int] = 1
-    order: int = 4
+    max_order: ClassVar[int] = 4
 
-    def __post_init__(self) -> None:
-        if self.order not in (1, 2, 3, 4):
-            raise InputError(f"IPNDM needs order 1, 2, 3 or 4, got {self.order}")
-
-    @property
-    def global_order(self) -> int:
-        return min(self.order, 2)
-
-    @property
-    def history(self) -> int:
-        return self.order - 1
-
-    def step(
-        self, denoise: Denoise, x: Tensor, now: Level, then: Level, past: Sequence[Eval], noise: Noise
-    ) -> tuple[Tensor, Eval]:
-        new = Eval(now, x, denoise(x, now))
-        if not bool((now.alpha > 0).all()):
-            return exponential_euler(x, new.x0, now, then), new
-        evals = [new, *finite(past)][: self.order]
-        return transfer(x, now, then, zip(EQUAL_STEPS[len(evals) - 1], evals, strict=True)), new
+    def weights(self, nodes: list[Level], now: Level, then: Level) -> Tensor:
+        change = then.sigma / then.alpha - now.sigma / now.alpha
+        return change[..., None] * torch.tensor(EQUAL_STEPS[len(nodes) - 1], dtype=torch.float64, device=change.device)
 
 
 @dataclass(frozen=True)
