@@ -13,6 +13,7 @@ from undiffuse.grid import Grid, UniformLam, check_levels
 from undiffuse.guide import CFG, Guidance
 from undiffuse.level import Level, transition
 from undiffuse.schedule import Schedule
+from undiffuse.seeds import mix
 from undiffuse.solvers import DPMpp2M, Eval, Solver
 from undiffuse.types import Denoise, InputError, Model
 from undiffuse.types import Noise as NoiseLike
@@ -26,22 +27,6 @@ class State(NamedTuple):
     x: Tensor
     x0: Tensor
     nfe: int
-
-
-def _mix(seed: int) -> int:
-    """splitmix64: neighbouring seeds land far apart (Steele et al. 2014)."""
-    z = (seed + 0x9E3779B97F4A7C15) % 2**64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
-    return z ^ (z >> 31)
-
-
-def seed_of(*parts: int) -> int:
-    """A 63-bit seed from whole numbers: the same numbers, the same seed; others, an unrelated one."""
-    value = 0
-    for part in parts:
-        value = _mix(value ^ (part % 2**64))
-    return value >> 1
 
 
 class Noise:
@@ -68,7 +53,7 @@ class Noise:
             raise InputError(f"Noise: {len(indices)} indices for a batch of {shape[0]}")
         self.shape, self.dtype, self.device = tuple(shape), dtype, device
         # the CPU generator reads 32 bits of its seed: consecutive ones keep the samples of a run distinct
-        base = _mix(seed)
+        base = mix(seed)
         self._generators = [torch.Generator().manual_seed((base + k) % 2**32) for k in indices]
 
     def __call__(self) -> Tensor:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from undiffuse.denoise import Denoiser
-from undiffuse.sample import seed_of
+from undiffuse.seeds import seed_of
 from undiffuse.train.checkpoint import Checkpoints, load_weights, weights
 from undiffuse.train.ema import EMA
 from undiffuse.train.objective import Objective
