@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from undiffuse import InputError
-from undiffuse.train import Checkpoints, commit, verify
+from undiffuse.train import Checkpoints, checkpoint, commit, verify
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -53,7 +54,10 @@ def test_a_commit_replaces_the_older_folder_whole(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads the path of a descriptor")
 def test_everything_is_flushed_before_the_rename_and_the_parent_after_it(tmp_path, monkeypatch):
-    """A power cut keeps what was flushed alone: files, the manifest, the folder; then the rename; then the parent."""
+    """A power cut keeps what was flushed alone: files, the manifest, the folder; then the rename; then the parent.
+
+    Before all that, once: the names of the folders that lead there, whoever made them.
+    """
     events, fsync, rename = [], os.fsync, Path.rename
 
     def note(descriptor):
@@ -67,6 +71,8 @@ def test_everything_is_flushed_before_the_rename_and_the_parent_after_it(tmp_pat
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(Path, "rename", move)
     commit(tmp_path / "m", write("one"))
+    way, events = events[: len(tmp_path.parents)], events[len(tmp_path.parents) :]
+    assert way == [p.name for p in tmp_path.parents]
     *files, manifest, aside, renamed, parent = events
     assert sorted(files) == ["model.bin", "state.json"]
     assert (manifest, renamed, parent) == ("manifest.json", "rename", tmp_path.name)
@@ -124,11 +130,22 @@ def fail_in_the_rename(monkeypatch):
             raise FULL
         return real(self, target)
 
+    monkeypatch.setattr(checkpoint, "_exchange", lambda a, b: False)
     monkeypatch.setattr(Path, "rename", rename)
     return write("new")
 
 
-FAULTS = [fail_in_the_writer, fail_in_the_manifest, fail_in_fsync, fail_in_the_rename]
+def fail_in_safetensors(monkeypatch):
+    """What `save_file` raises where the disk is full is no OSError."""
+
+    def writer(folder):
+        (folder / "model.bin").write_text("half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    return writer
+
+
+FAULTS = [fail_in_the_writer, fail_in_the_manifest, fail_in_fsync, fail_in_the_rename, fail_in_safetensors]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -211,6 +228,74 @@ def test_an_old_folder_left_by_a_process_of_the_same_number_does_not_stop_a_comm
     assert (tmp_path / "m/model.bin").read_text() == "model.bin two"
 
 
+def test_other_errors_of_safetensors_stay_what_they_are(tmp_path):
+    def writer(folder):
+        raise SafetensorError("invalid header")
+
+    with pytest.raises(SafetensorError, match="invalid header"):
+        commit(tmp_path / "m", writer)
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_name_that_is_given_anew_is_never_without_a_folder(exchange, tmp_path, monkeypatch):
+    """With an exchange of names in no moment; without, a kill between two renames leaves .old, which is put back."""
+    if not exchange:
+        monkeypatch.setattr(checkpoint, "_exchange", lambda a, b: False)
+    checkpoints, seen = Checkpoints(tmp_path), []
+    checkpoints.save(1, write("one"))
+    fsync, rename = os.fsync, Path.rename
+
+    def look():
+        copy = tmp_path.parent / f"{tmp_path.name}-{len(seen)}"  # as a kill in this moment would leave it
+        shutil.copytree(tmp_path, copy)
+        seen.append((copy / "step-1").exists())
+        assert Checkpoints(copy).latest() == (copy / "step-1", [])
+        Checkpoints(copy).save(2, write("two"))
+        assert Checkpoints(copy).steps() == [1, 2]
+
+    def note(descriptor):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            patch.setattr(Path, "rename", rename)
+            look()
+        fsync(descriptor)
+
+    def move(self, target):
+        rename(self, target)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            patch.setattr(Path, "rename", rename)
+            look()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", note)
+        patch.setattr(Path, "rename", move)
+        checkpoints.save(1, write("anew"))
+    assert len(seen) > 4
+    assert all(seen) == exchange
+    assert sorted(tree(tmp_path)) == ["step-1", *(f"step-1/{n}" for n in ("manifest.json", "model.bin", "state.json"))]
+    assert (tmp_path / "step-1/model.bin").read_text() == "model.bin anew"
+
+
+def test_a_reader_removes_nothing_of_a_writer(tmp_path):
+    """A process of another machine looks dead to a reader on this one."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, write("one"))
+    shutil.copytree(tmp_path / "step-1", tmp_path / f".step-2.{2**22 + 1}.tmp")
+    before = tree(tmp_path)
+    assert checkpoints.latest() == (tmp_path / "step-1", [])
+    assert tree(tmp_path) == before
+
+
+def test_the_next_commit_clears_what_killed_ones_of_the_same_folder_left(tmp_path):
+    commit(tmp_path / "m", write("one"))
+    for name in (".m.4194305.tmp", ".m.4194305.old", ".other.4194305.tmp", ".m.x.tmp"):
+        shutil.copytree(tmp_path / "m", tmp_path / name)
+    commit(tmp_path / "m", write("two"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".m.x.tmp", ".other.4194305.tmp", "m"]
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A checkpoint of a text, a binary and an empty file."""
@@ -291,6 +376,11 @@ def test_a_manifest_cannot_point_outside_its_folder(saved, trick):
     manifest = json.loads((saved / "manifest.json").read_text())
     (saved / "manifest.json").write_text(json.dumps({**manifest, trick: manifest["model.bin"]}))
     named(saved, trick.replace("/", os.sep))
+
+
+def test_a_name_that_no_file_can_have_is_damage(saved):
+    (saved / "manifest.json").write_text(json.dumps({"x" * 300: {"bytes": 1, "sha256": ""}}))
+    named(saved, "cannot be read")
 
 
 def test_a_file_that_cannot_be_read_is_damage(saved, monkeypatch):

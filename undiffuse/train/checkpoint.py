@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import hashlib
 import json
 import os
@@ -11,13 +13,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from undiffuse.types import InputError
 
 MANIFEST = "manifest.json"
-_STEP, _ASIDE = re.compile(r"step-(\d+)"), re.compile(r"\.step-\d+\.(\d+)\.(?:tmp|old)")
+_STEP = r"step-\d+"
 
 
 def _alive(process: int) -> bool:
@@ -51,6 +54,61 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+@functools.cache  # once per process: what it made durable stays so
+def _anchor(folder: Path) -> None:
+    """Make the way to `folder` durable: whoever made its parents may not have flushed their names."""
+    for path in folder.parents:
+        with contextlib.suppress(OSError):  # a parent that we may not read was not made by this run
+            _flush(path)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two names change places in one step; False where the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)
+
+
+def _put(aside: Path, folder: Path, old: Path) -> None:
+    """Give `aside` the name `folder`; what had it is then at `aside` or at `old`."""
+    if not folder.exists():
+        aside.rename(folder)
+    elif not _exchange(aside, folder):
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)  # a kill before the next line leaves `old` alone, which `_restore` puts back
+        try:
+            aside.rename(folder)
+        except BaseException:
+            old.rename(folder)
+            raise
+
+
+def _left(parent: Path, name: str) -> list[re.Match[str]]:
+    """What killed processes of this machine left aside in `parent`: name, process, kind; `name` is a pattern."""
+    pattern = re.compile(rf"\.({name})\.(\d+)\.(tmp|old)")
+    found = [pattern.fullmatch(path.name) for path in parent.glob(".*")] if parent.is_dir() else []
+    return [match for match in found if match and not _alive(int(match[2]))]
+
+
+def _restore(parent: Path, name: str) -> None:
+    """Put back what a kill between the two renames of `_put` left under no other name."""
+    for match in _left(parent, name):
+        if match[3] == "old" and not (parent / match[1]).exists():
+            with contextlib.suppress(OSError):  # a reader may not be allowed to, or another process was faster
+                (parent / match[0]).rename(parent / match[1])
+                _flush(parent)
+
+
+def _sweep(parent: Path, name: str) -> None:
+    """Put back or remove what killed processes left aside."""
+    _restore(parent, name)
+    for match in _left(parent, name):
+        shutil.rmtree(parent / match[0], ignore_errors=True)
+
+
 def _hash(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -59,14 +117,21 @@ def _hash(path: Path) -> str:
 def commit(folder: Path, write: Callable[[Path], None]) -> None:
     """Make `folder` from what `write(aside)` puts into a folder aside: complete with its manifest, or not at all.
 
-    An older `folder` is replaced only after the new one is durable.
+    An older `folder` is replaced only after the new one is durable. OSError where the disk is full, whoever wrote.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _anchor(folder.parent.absolute())
+    _sweep(folder.parent, re.escape(folder.name))
     aside, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        write(aside)
+        try:
+            write(aside)
+        except SafetensorError as error:  # it hides a full disk in its text
+            if code := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(code[1]), os.strerror(int(code[1])), str(aside)) from error
+            raise
         files = sorted(p for p in aside.rglob("*") if p.is_file())
         for path in files:
             _flush(path)
@@ -75,20 +140,13 @@ def commit(folder: Path, write: Callable[[Path], None]) -> None:
         _flush(aside / MANIFEST)
         for path in [*(p for p in aside.rglob("*") if p.is_dir()), aside]:
             _flush(path)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        try:
-            aside.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
-        _flush(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        _put(aside, folder, old)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    _flush(folder.parent)
+    for path in (aside, old):  # only now is the new name durable
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def verify(folder: Path) -> None:
@@ -100,20 +158,24 @@ def verify(folder: Path) -> None:
         raise InputError(f"{folder} has no {MANIFEST}: it is not a finished checkpoint or model folder") from error
     except Exception as error:  # a damaged file may be anything: bad UTF-8, deep nesting, infinite sizes
         raise InputError(f"{folder / MANIFEST} is damaged: {error}") from error
-    for name, (size, digest) in entries.items():
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
-            raise InputError(f"{path} is missing, though {MANIFEST} lists it")
-        try:
-            if path.stat().st_size != size:
-                raise InputError(f"{path} is truncated or changed: {path.stat().st_size} bytes, {size} expected")
-            if _hash(path) != digest:
-                raise InputError(f"{path} was changed: its SHA-256 is not the one in {MANIFEST}")
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    for path in folder.rglob("*"):
-        if path.is_file() and path.relative_to(folder).as_posix() not in {*entries, MANIFEST}:
-            raise InputError(f"{path} is not listed in {MANIFEST}: the folder was changed; move that file away")
+    try:
+        for name, (size, digest) in entries.items():
+            _check(folder, name, size, digest)
+        for path in folder.rglob("*"):
+            if path.is_file() and path.relative_to(folder).as_posix() not in {*entries, MANIFEST}:
+                raise InputError(f"{path} is not listed in {MANIFEST}: the folder was changed; move that file away")
+    except OSError as error:
+        raise InputError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
+
+
+def _check(folder: Path, name: str, size: int, digest: str) -> None:
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
+        raise InputError(f"{path} is missing, though {MANIFEST} lists it")
+    if path.stat().st_size != size:
+        raise InputError(f"{path} is truncated or changed: {path.stat().st_size} bytes, {size} expected")
+    if _hash(path) != digest:
+        raise InputError(f"{path} was changed: its SHA-256 is not the one in {MANIFEST}")
 
 
 def is_sound(folder: Path) -> bool:
@@ -147,11 +209,13 @@ class Checkpoints:
         """The steps for which there is a folder, oldest first."""
         if not self.root.is_dir():
             return []
-        return sorted(int(m[1]) for p in self.root.iterdir() if (m := _STEP.fullmatch(p.name)) and p.is_dir())
+        return sorted(int(p.name[5:]) for p in self.root.iterdir() if re.fullmatch(_STEP, p.name) and p.is_dir())
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """Commit step-N, then retire what is older than the newest `keep` that verify."""
-        self._sweep()
+        _sweep(self.root, _STEP)
+        for trash in self.root.glob(".trash-*"):
+            shutil.rmtree(trash, ignore_errors=True)
         commit(self.root / f"step-{step}", write)
         older = [n for n in self.steps() if n != step]
         sound = 1
@@ -164,14 +228,9 @@ class Checkpoints:
                 (self.root / f"step-{old}").rename(trash)
                 shutil.rmtree(trash)
 
-    def _sweep(self) -> None:
-        """Remove what killed processes of this machine left aside."""
-        for path in self.root.glob(".*") if self.root.is_dir() else ():
-            if path.name.startswith(".trash-") or ((m := _ASIDE.fullmatch(path.name)) and not _alive(int(m[1]))):
-                shutil.rmtree(path, ignore_errors=True)
-
     def latest(self) -> tuple[Path, list[str]] | None:
         """The newest checkpoint that verifies, and what was wrong with newer ones; None if there is none."""
+        _restore(self.root, _STEP)
         problems = []
         for step in reversed(self.steps()):
             folder = self.root / f"step-{step}"
