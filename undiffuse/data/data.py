@@ -1,11 +1,8 @@
-"""`Data`: samples in [-1, 1] with optional labels; the built-in digits, and .npy / .npz files."""
+"""`Data`: samples in memory, in [-1, 1], with optional labels."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -64,53 +61,3 @@ class Data:
         labels = (None, None) if self.labels is None else (self.labels[parts[0]], self.labels[parts[1]])
         names = f"{self.name} (train)", f"{self.name} (held out)"
         return Data(self.x[parts[0]], labels[0], names[0]), Data(self.x[parts[1]], labels[1], names[1])
-
-
-def _digits() -> Data:
-    """1,797 handwritten digits of 8x8 pixels (Alpaydin and Kaynak 1998, UCI), from the scikit-learn wheel."""
-    from sklearn.datasets import load_digits
-
-    raw = load_digits()
-    return Data(torch.from_numpy(raw.images).float()[:, None] / 8 - 1, torch.from_numpy(raw.target), "digits")
-
-
-BUILT_IN: dict[str, Callable[[], Data]] = {"digits": _digits}
-
-
-def load_data(name: str) -> Data:
-    """A built-in set by name, or an array file: .npy with x, or .npz with `x` and optionally `labels`.
-
-    uint8 is mapped to [-1, 1]; floats are taken as they are. Raises InputError for unknown names and unreadable files.
-
-    >>> load_data("digits").x.shape
-    torch.Size([1797, 1, 8, 8])
-    """
-    if name in BUILT_IN:
-        return BUILT_IN[name]()
-    path = Path(name)
-    if path.suffix not in (".npy", ".npz"):
-        near = difflib.get_close_matches(name, BUILT_IN, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"built in: {', '.join(BUILT_IN)}; or give a .npy or .npz file"
-        raise InputError(f"unknown data set {name!r}: {hint}")
-    if not path.is_file():
-        raise InputError(f"data file {name} does not exist")
-    try:
-        raw = np.load(path, allow_pickle=False)
-        if path.suffix == ".npy":
-            arrays = {"x": np.asarray(raw)}
-        else:
-            arrays = {k: np.asarray(raw[k]) for k in raw.files if k in ("x", "labels")}
-        tensors = {k: _tensor(v) for k, v in arrays.items()}
-    except Exception as error:  # damaged archives raise nearly anything: zlib.error, SyntaxError, AttributeError, ...
-        raise InputError(f"{name} is not a readable array file (pickled arrays are refused): {error}") from error
-    if "x" not in tensors:
-        raise InputError(f"{name} has no array named 'x' (and optionally 'labels')")
-    x = tensors["x"]
-    return Data(x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x, tensors.get("labels"), path.stem)
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    """The array as a tensor, in native byte order; unsigned 64-bit numbers become signed."""
-    if array.dtype == np.uint64:
-        array = array.astype(np.int64)
-    return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))

@@ -1,0 +1,57 @@
+"""Held-out samples: the set's own test split, the last shards, or a fixed random choice."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from undiffuse.data.data import Data
+from undiffuse.data.prepare import Prepare
+from undiffuse.data.source import Source, Subset, Unreadable, choice
+from undiffuse.types import InputError
+
+
+def split(source: Source, held_out: int, seed: int = 0, prepare: Prepare | None = None) -> tuple[Source, Data]:
+    """(training source, held-out samples in the form for evaluation).
+
+    The second are at most `held_out` of the source's own test split, a fixed choice; without one, of shards the last
+    whole ones that make up `held_out` (as many of their samples), else the choice of `Data.split`.
+    """
+    name = f"{source.name} (held out)"
+    if source.test is not None:
+        ids = choice(source.test, held_out, seed)
+        return source, materialise(Subset(source.test, ids, name), prepare)
+    n = len(source)
+    if not 0 < held_out < n:
+        raise InputError(f"{source.name}: cannot hold out {held_out} of {n} samples")
+    train = f"{source.name} (train)"
+    if len(source.counts) > 1:
+        kept = len(source.counts)
+        while kept > 1 and sum(source.counts[kept:]) < held_out:
+            kept -= 1
+        first = sum(source.counts[:kept])
+        rest = range(first, min(n, first + held_out))
+        return Subset(source, range(first), train, source.counts[:kept]), materialise(
+            Subset(source, rest, name), prepare
+        )
+    order = np.random.default_rng(seed).permutation(n)
+    held = materialise(Subset(source, order[:held_out], name), prepare)
+    return Subset(source, order[held_out:], train), held
+
+
+def materialise(source: Source, prepare: Prepare | None = None) -> Data:
+    """All samples in memory, cropped at the centre and never flipped; unreadable ones are left out."""
+    plain = (prepare or Prepare()).plain()
+    found, last = [], ""
+    for i in range(len(source)):
+        try:
+            found.append(plain(source.read(i), 0, 0))
+        except Unreadable as error:
+            last = f"; the last of those that cannot be read: {error}"
+    shapes = sorted({tuple(e.x.shape) for e in found})
+    if len(shapes) != 1:
+        what = f"samples of shapes {shapes[0]} and {shapes[1]}: set data.size" if shapes else f"no samples{last}"
+        raise InputError(f"{source.name}: {what}")
+    labels = [e.label for e in found if e.label is not None]
+    x = torch.stack([e.x for e in found])
+    return Data(x, torch.tensor(labels) if len(labels) == len(found) else None, source.name)
