@@ -48,10 +48,10 @@ def open_source(
     place = Path(name).expanduser()
     if place.suffix in arrays.SUFFIXES and "://" not in name:
         return arrays.open_arrays(place)
-    from undiffuse.data.shards import expand, is_shards, open_shards
+    from undiffuse.data.shards import is_shards, open_shards
 
     if is_shards(name):
-        return open_shards(expand(name), cache, cache_bytes)
+        return open_shards(name, cache, cache_bytes)
     if place.is_dir() and name:
         return open_folder(place)
     raise InputError(f"unknown data set {name!r}: {_hint(name)}")

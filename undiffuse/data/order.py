@@ -199,7 +199,7 @@ class Windowed:
         return out
 
     def after(self, i: int) -> int:
-        """The next sample of the same shard; after its last, the first of the next shard, lest one bad shard end all."""
+        """The next sample of the same shard; after its last, the first of the next one."""
         return (i + 1) % int(self._starts[-1])
 
 
@@ -214,4 +214,4 @@ def order_for(source: Source, prepare: Prepare, seed: int = 0, window: int = 8, 
 
 def shard_of(counts: tuple[int, ...], ids: Tensor) -> Tensor:
     """The shard of each sample number."""
-    return torch.bucketize(ids, torch.tensor([0, *counts]).cumsum(0)[1:], right=True)
+    return torch.bucketize(ids.contiguous(), torch.tensor([0, *counts]).cumsum(0)[1:], right=True)

@@ -131,7 +131,7 @@ def with_channels(x: np.ndarray, channels: int, where: str) -> np.ndarray:
 
 
 def resized(x: np.ndarray, size: tuple[int, ...], filter: Image.Resampling) -> np.ndarray:
-    """x (c, h, w) at another (height, width): antialiased for every filter but nearest; whole numbers are rounded and bounded."""
+    """x (c, h, w) at another (height, width): antialiased unless nearest; whole numbers stay whole."""
     height, width = size
     if x.shape[1:] == size:
         return x
