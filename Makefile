@@ -1,9 +1,10 @@
 # `make demo` and `make test` need only Python >= 3.11; everything else is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+PEERS := .venv-peers/bin/python
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench bench-solvers clean
+.PHONY: demo test lint bench bench-solvers peers bench-training clean
 .DEFAULT_GOAL := demo
 
 .venv/.base: pyproject.toml constraints.txt
@@ -42,5 +43,18 @@ bench: .venv/.peers
 bench-solvers: .venv/.peers
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/solvers/run.py
 
+# lucidrains' Trainer and azula need torchvision, which needs a build of torch of its own: about 6 GB
+.venv-peers/.done: pyproject.toml constraints-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	@echo "Installing into .venv-peers (torch and torchvision are the large part) ..."
+	$(PEERS) -m pip install --quiet -c constraints-peers.txt torch torchvision
+	$(PEERS) -m pip install --quiet -c constraints-peers.txt -e . diffusers datasets azula denoising-diffusion-pytorch
+	@touch $@
+
+peers: .venv-peers/.done
+
+bench-training: .venv-peers/.done
+	$(PEERS) benchmarks/training/run.py
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-peers runs
