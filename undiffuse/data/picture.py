@@ -15,7 +15,7 @@ from undiffuse.data.source import Unreadable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LIMIT = 2**28  # bytes of the decoded picture
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO")  # not EPS, which runs ghostscript
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS, which runs ghostscript
 _RATIO, _SMALL = 300, 2**24  # what decodes to more than 16 MiB may not grow more than 300 times
 _ALPHA = {"LA", "La", "RGBA", "RGBa", "PA"}
 _ROTATED = (5, 6, 7, 8)  # the EXIF orientations that exchange width and height
@@ -59,7 +59,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "the file does not exist"
     if type(error).__name__ == "UnidentifiedImageError":
-        return f"not a picture of a known format ({', '.join(_FORMATS[:-1])})"
+        return f"not a picture of a known format ({', '.join(_FORMATS)})"
     return str(error) or type(error).__name__
 
 
