@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 import undiffuse
+from undiffuse import bulk as bulk_module
 from undiffuse import demo as demo_module
 from undiffuse import plot
 from undiffuse.certify import Certificate
@@ -181,13 +183,32 @@ def sample(
     run: Annotated[str, typer.Argument(help="a run folder")],
     overrides: Overrides = None,
     label: Annotated[str | None, typer.Option(help="a class, several as 0,1,2, or `each` for all in turn")] = None,
-    out: Annotated[Path | None, typer.Option(help="a .png (images) or .npy file; default RUN/samples/")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="a .png (images) or .npy file, or a folder for shards; default RUN/samples/")
+    ] = None,
+    number: Annotated[int | None, typer.Option("-n", help="how many; the same as sample.n")] = None,
+    shard: Annotated[int, typer.Option(help="samples per shard of a folder")] = 1000,
+    form: Annotated[str, typer.Option("--format", help="shards of a folder: safetensors, or png (a .tar each)")] = (
+        "safetensors"
+    ),
+    device: Annotated[str, typer.Option(help="for a folder: cpu, cuda or auto")] = "auto",
+    threads: Annotated[int, typer.Option(help="for a folder: CPU threads of each process; bits may depend on it")] = 1,
+    ray: Annotated[bool, typer.Option("--ray", help="for a folder: spread the shards with Ray Data")] = False,
+    workers: Annotated[int | None, typer.Option(help="Ray's workers; default: one for each CPU or GPU")] = None,
     as_json: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Sample from a finished run, e.g. `undiffuse sample runs/digits --label each solver=ddim sample.steps=10`."""
+    """Sample from a finished run, e.g. `undiffuse sample runs/digits --label each solver=ddim sample.steps=10`.
+
+    Into a folder, as shards: `undiffuse sample runs/digits -n 50000 --label each --out shards/`. The same command goes
+    on where it was stopped; torchrun, accelerate or --ray spread it, and the files are the same however it is done.
+    """
     model = Model.load(run)
     layer = parse_overrides(overrides or [])
+    if number is not None:
+        layer.setdefault("sample", {})
+        if layer["sample"].setdefault("n", number) != number:
+            raise InputError(f"-n {number} and sample.n={layer['sample']['n']} differ: give one of them")
     allowed = ("sample", "solver", "grid", "guidance", "schedule")
     for key in layer:
         if key in DEFAULTS and key not in allowed:
@@ -195,13 +216,23 @@ def sample(
     config = Config.resolve(model.config.values, layer)
     if dry_run:
         return _dry(config, as_json)
+    if out is not None and (out.is_dir() or not out.suffix):
+        job = bulk_module.plan(
+            model, run, out, label, settings=layer, shard=shard, format=form, device=device, threads=threads
+        )
+        return _shards(job, model, "ray" if ray else "local", workers, as_json)
+    if ray or workers is not None or (shard, form, device, threads) != (1000, "safetensors", "auto", 1):
+        raise InputError(
+            "--shard, --format, --device, --threads, --ray and --workers are for shards: give a folder as --out"
+        )
     use = config.section("sample")
-    labels = _labels(label, model, use.n)
+    cycle = bulk_module.label_cycle(label, model.classes)
+    labels = torch.tensor(cycle)[torch.arange(use.n) % len(cycle)] if cycle else None
     out = out or Path(run) / "samples" / f"seed{use.seed}-{'any' if label is None else label.replace(',', '_')}.png"
     if len(model.shape) != 3 and out.suffix == ".png":
         out = out.with_suffix(".npy")
     if out.suffix not in (".png", ".npy"):
-        raise InputError(f"samples are written as .png or .npy, got {out.name}")
+        raise InputError(f"samples are written as .png or .npy, or into a folder as shards; got {out.name}")
     counter = Counter(FixedRows(model.denoiser, use.rows) if use.rows else model.denoiser)
     started = time.perf_counter()
     cond = model.cond(labels, use.n)
@@ -250,18 +281,30 @@ def sample(
     _say(as_json, facts, text + f"{1000 * seconds / use.n:.1f} ms a sample")
 
 
-def _labels(label: str | None, model: Model, n: int) -> torch.Tensor | None:
-    if label is None:
-        return None
-    if label == "each":
-        if not model.classes:
-            raise InputError("--label each needs a model with classes; this one was trained without labels")
-        return torch.arange(n) % model.classes
+def _shards(job: bulk_module.Job, model: Model, engine: str, workers: int | None, as_json: bool) -> None:
+    """Do a bulk job; the first process alone speaks, unless another has an error of its own."""
+    main = bulk_module.rank() == 0
+    go_on = "finished shards are kept, and the same command makes the rest"
     try:
-        words = [int(word) for word in label.split(",")]
-    except ValueError as error:
-        raise InputError(f"--label must be whole numbers such as 3 or 0,1,2, or `each`; got {label!r}") from error
-    return torch.tensor(words)[torch.arange(n) % len(words)]
+        with bulk_module.stoppable(), Bars(as_json or not main) as bars:
+
+            def move(there: float, n: int, rate: float) -> None:
+                bars.move("sampling", int(there), n, f"{rate:.3g} samples/s")
+
+            report = bulk_module.carry_out(job, model, engine=engine, workers=workers, progress=move)
+    except bulk_module.Stopped:
+        sys.exit(_fail(f"stopped; {go_on}", 75))
+    except KeyboardInterrupt:
+        sys.exit(_fail(f"interrupted; {go_on}", 130))
+    except bulk_module.Failed as error:
+        sys.exit(_fail(str(error), 1) if main else 1)
+    if not main:
+        return
+    for name in report.damaged:
+        print(f"warning: made again: {name}", file=sys.stderr)
+    text = f"{report.out}: {report.n:,} samples in {report.shards} shards, {report.written} new, {report.kept} kept, "
+    speed = f", {report.samples_per_second:.4g} samples/s" if report.samples_per_second else ""
+    _say(as_json, asdict(report), text + f"{report.remade} made again; {report.seconds:.1f} s{speed}")
 
 
 @app.command()
