@@ -18,6 +18,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 _TEST = ("test", "validation", "val")
 _FILES = ("depth", "segmentation", "audio")  # columns whose text is a path
 _NAME = "_file_name"
+_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Folder:
 
     def read(self, i: int) -> Raw:
         entry = self.entries[i]
-        where = str(self.root / entry.path)
+        where = f"{self.root}/{entry.path}"
         if entry.wrong:
             raise Unreadable(where, entry.wrong)
         files = {key: inside(self.root, path, where) for key, path in entry.files.items()}
@@ -184,10 +185,10 @@ def class_numbers(
     whole = [_whole(label) for label in labels]
     numbers = [n for n in whole if n is not None]
     if len(numbers) == len(labels):
-        names = classes or tuple(str(k) for k in range(max(numbers) + 1))
-        if min(numbers) < 0 or max(numbers) >= max(len(names), 1) or len(names) > 1_000_000:
-            raise InputError(f"{where}: labels from {min(numbers)} to {max(numbers)}; expected 0 to {len(names) - 1}")
-        return names, list(numbers)
+        most = len(classes) if classes else _CLASSES
+        if min(numbers) < 0 or max(numbers) >= most:
+            raise InputError(f"{where}: labels from {min(numbers)} to {max(numbers)}; expected 0 to {most - 1}")
+        return classes or tuple(str(k) for k in range(max(numbers) + 1)), list(numbers)
     names = classes or tuple(sorted({str(label) for label in labels}))
     number = {name: k for k, name in enumerate(names)}
     for k, label in enumerate(labels):

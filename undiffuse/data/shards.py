@@ -191,7 +191,8 @@ class Tar:
 
 
 def _at(file: BinaryIO, where: str, offset: int, size: int) -> bytes:
-    content = os.pread(file.fileno(), size, offset)  # keeps no position: forked workers may share the file
+    # pread keeps no position: forked workers may share the file
+    content = os.pread(file.fileno(), size, offset) if size <= _MEMBER else b""
     if len(content) != size:
         raise Unreadable(where, "the shard is truncated or was changed")
     return content

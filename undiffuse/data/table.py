@@ -22,6 +22,7 @@ _LABELS = ("label", "labels", "cls", "class", "target", "fine_label")
 _TEXTS = ("text", "caption", "prompt")
 _OTHERS = ("depth", "segmentation", "audio")
 _MEMORY, _GROUP = 2**30, 2**30  # bytes of row groups kept, and of one
+_SMALL, _RATIO = 2**26, 200  # what takes more than 64 MiB may not have been stored 200 times smaller
 _CLASSES = 100_000
 
 
@@ -212,8 +213,13 @@ class Tables:
         try:
             with self.cache.open(place) as file:
                 table = pq.ParquetFile(file)
-                for batch in table.iter_batches(batch_size=64, row_groups=[k], columns=self._plan.wanted):
+                packed = table.metadata.row_group(k).total_byte_size
+                for batch in table.iter_batches(batch_size=32, row_groups=[k], columns=self._plan.wanted):
                     total += batch.nbytes
+                    if total > _SMALL and total > _RATIO * packed:
+                        raise InputError(
+                            f"{place}: row group {k} grows from {packed} bytes to more than {total}: a bomb"
+                        )
                     if total > _GROUP:
                         raise InputError(
                             f"{place}: row group {k} takes more than {_GROUP >> 20} MiB; write smaller ones"
