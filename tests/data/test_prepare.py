@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,6 +146,12 @@ def test_every_picture_gets_the_size(height, width):
         assert one(Raw(coded(x)), size=16).x.shape[1:] == (16, 16)
 
 
+def test_pictures_too_long_to_be_resized_are_unreadable():
+    with pytest.raises(Unreadable, match="100000 x 3 pixels: more than 32 times"):
+        one(Raw(coded(np.zeros((3, 100_000), np.uint8))), size=512)
+    assert one(Raw(coded(np.zeros((3, 96), np.uint8))), size=8).x.shape == (1, 8, 8)
+
+
 def test_the_centre_is_kept():
     x = one(Raw(coded(coordinates(16, 36))), size=16).x
     found = ((x + 1) * 127.5).round()
@@ -242,11 +249,16 @@ def test_decoding_first_changes_nothing():
 
 def test_the_cache_decodes_once_up_to_its_limit():
     source, calls = Arrays(np.zeros((10, 1, 32, 32), np.uint8)), []
-    cached = Cached(source, lambda raw: (calls.append(raw.where), raw)[1], limit=5 * (1024 + 32 * 32))
+    cached = Cached(
+        source, lambda raw: (calls.append(raw.where), replace(raw, x=raw.x + 1))[1], limit=5 * (1024 + 32 * 32)
+    )
     for _ in range(3):
         for i in range(10):
             cached.read(i)
     assert len(calls) == 5 + 3 * 5
+    mapped = Cached(source, lambda raw: raw)
+    assert [mapped.read(i).x.base is source.x for i in range(10)] == [True] * 10
+    assert mapped.kept == {}
 
 
 def test_buckets_keep_the_area_and_take_the_nearest_aspect():
@@ -268,8 +280,9 @@ def test_signals_and_volumes_stay_as_they_are():
     for shape in ((2, 50), (1, 4, 5, 6)):
         x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
         assert np.array_equal(one(Raw(x)).x.numpy(), x)
-        with pytest.raises(InputError, match="resizes pictures"):
-            one(Raw(x), size=4)
+        for options in ({"size": 4}, {"flip": True}, {"channels": 1}):
+            with pytest.raises(InputError, match="are for pictures, not for samples of shape"):
+                one(Raw(x), **options)
 
 
 @pytest.mark.parametrize(
@@ -364,6 +377,11 @@ def test_suspicious_data_are_pointed_out(scale, shape, why):
     x = np.random.default_rng(0).normal(size=(20, *shape)) * scale
     text = "; ".join(measure(Arrays(x), Prepare()).warnings())
     assert re.search(why, text) if why else text == ""
+
+
+def test_settling_reads_fewer_samples_where_nothing_depends_on_them():
+    source = Arrays(np.zeros((1500, 1, 2, 2), np.float32))
+    assert [settle(source, Prepare(normalize=n))[1].count for n in ("range", "channels")] == [1000, 1500]
 
 
 def test_channels_settle_on_the_most_frequent_number():

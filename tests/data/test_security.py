@@ -33,10 +33,9 @@ def png(width, height, depth=8, kind=2, data=b""):
 
 def zeros(count):
     """`count` zero bytes, packed, without ever holding them."""
-    packer, out = zlib.compressobj(6), []
-    for _ in range(count >> 20):
-        out.append(packer.compress(bytes(1 << 20)))
-    return b"".join(out) + packer.flush()
+    packer = zlib.compressobj(6)
+    first, other = (packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
+    return first + other * (count >> 20) + packer.flush()
 
 
 def bombs(root):

@@ -129,6 +129,8 @@ def test_the_last_whole_shards_are_held_out(shards, tmp_path):
     assert ((held.x.mean((1, 2, 3)) + 1) * 127.5).round().tolist() == list(range(110, 122))
     assert values(train) == list(range(110))
     assert isinstance(order_for(train, Prepare(), 0), Windowed)
+    with pytest.raises(InputError, match="needs samples in any order"):
+        order_for(train, Prepare(size=4, buckets=(1.0,)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

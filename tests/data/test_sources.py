@@ -65,6 +65,12 @@ def test_train_and_test_folders_are_splits_with_the_same_classes(tmp_path, name)
         open_source(str(tmp_path))
 
 
+def test_an_archive_beside_pictures_is_no_data(tmp_path):
+    write(tmp_path / "a" / "1.png", flat(3))
+    write(tmp_path / "backup.tar", b"x")
+    assert values(open_source(str(tmp_path))) == [3]
+
+
 def test_folders_without_pictures_are_refused(tmp_path):
     write(tmp_path / "notes.txt", "x")
     with pytest.raises(InputError, match=r"no pictures \(.png, .*metadata.jsonl"):
@@ -472,6 +478,14 @@ def test_held_out_samples_are_not_trained_on_and_come_plain(tmp_path):
     write(tmp_path / "a" / "odd.png", coded(pixels(0, 5, 5)))
     with pytest.raises(InputError, match=r"set data.size"):
         split(open_source(str(tmp_path)), 40)
+
+
+def test_held_out_samples_that_cannot_be_read_are_said(tmp_path):
+    for k in range(9):
+        write(tmp_path / f"{k}.png", flat(k) if k else b"")
+    with pytest.warns(UserWarning, match=r"held out\): 1 samples are left out; the last .*0.png: the file is empty"):
+        train, held = split(open_source(str(tmp_path)), 8)
+    assert (len(train), len(held)) == (1, 7)
 
 
 def test_subsets_stay_within_the_source():

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from undiffuse.data.order import Order, Shuffled, indices
-from undiffuse.data.prepare import Example, Prepare
+from undiffuse.data.prepare import Draws, Example, Prepare
 from undiffuse.data.source import Cached, Source, Unreadable
 from undiffuse.data.statistics import shapes_differ
 from undiffuse.types import InputError
@@ -63,15 +63,16 @@ class _Reader(Dataset[Read]):
     def __getitem__(self, key: Key) -> Read:
         bad: list[_Bad] = []
         try:
-            found = [self._one(int(i), int(g), bad) for i, g in zip(*key, strict=True)]
+            draws = self.prepare.draws(key[1], self.seed)
+            found = [self._one(i, d, bad) for i, d in zip(key[0].tolist(), draws, strict=True)]
             return _stack(self.source.name, found, key[1]), bad
         except InputError as error:
             return str(error), bad
 
-    def _one(self, i: int, index: int, bad: list[_Bad]) -> tuple[int, Example]:
+    def _one(self, i: int, draws: Draws, bad: list[_Bad]) -> tuple[int, Example]:
         for _ in range(self.patience):
             try:
-                return i, self.prepare(self.source.read(i), index, self.seed)
+                return i, self.prepare.finish(self.prepare.decode(self.source.read(i)), draws)
             except Unreadable as error:
                 bad.append(_Bad(i, error.where, error.reason))
                 i = self.after(i)

@@ -205,6 +205,10 @@ class Windowed:
 
 def order_for(source: Source, prepare: Prepare, seed: int = 0, window: int = 8, lanes: int = 1) -> Order:
     """Buckets where `prepare` has them (headers are read once), windows for shards, else all samples shuffled."""
+    if prepare.buckets and len(source.counts) > 1:
+        raise InputError(
+            f"{source.name}: data.buckets needs samples in any order, not in shards: use a folder, or none"
+        )
     if prepare.buckets:
         return Bucketed(bucket_of(source, prepare), seed)
     if len(source.counts) > 1:

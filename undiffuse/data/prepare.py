@@ -20,6 +20,7 @@ from undiffuse.seeds import seed_of, uniform
 from undiffuse.types import InputError
 
 CROP_Y, CROP_X, FLIP = 20, 21, 22  # streams of random numbers
+_LONGEST = 32  # the aspect ratio above which resizing the shorter side would take all memory
 
 
 class Example(NamedTuple):
@@ -32,6 +33,14 @@ class Example(NamedTuple):
     x: Tensor
     label: int | None
     columns: dict[str, Any]
+
+
+class Draws(NamedTuple):
+    """The random numbers in (0, 1) that place a sample's crop and decide on its flip."""
+
+    y: float
+    x: float
+    flip: float
 
 
 @dataclass(frozen=True)
@@ -101,22 +110,40 @@ class Prepare:
             return raw
         target = self.target(*_size(raw)) if self.size else None
         x = raw.x if isinstance(raw.x, np.ndarray) else decode(raw.x, raw.where, max(target) if target else 0)
-        if target is not None and x.ndim != 3:
-            raise InputError(f"{raw.where}: data.size resizes pictures, not samples of shape {x.shape}; set it to 0")
+        if x.ndim != 3 and (self.size or self.channels or self.flip):
+            raise InputError(
+                f"{raw.where}: data.size, data.channels and data.flip are for pictures, not for samples of shape "
+                f"{x.shape}; leave them out"
+            )
         if x.ndim == 3:
             x = with_channels(x, self.channels, raw.where)
         if target is not None:
+            if max(x.shape[1:]) > _LONGEST * min(x.shape[1:]):
+                raise Unreadable(
+                    raw.where, f"{x.shape[2]} x {x.shape[1]} pixels: more than {_LONGEST} times as long as wide"
+                )
             x = resized(x, cover(x.shape[1], x.shape[2], target), Resampling.LANCZOS)
         columns = {k: v for name, value in raw.columns.items() for k, v in _column(name, value, x, raw.where)}
         return Raw(x, raw.label, columns, raw.where, target)
 
     def __call__(self, raw: Raw, index: int, seed: int) -> Example:
         """The sample at global index `index` of a run with `seed`; raises Unreadable, InputError."""
-        raw = self.decode(raw)
-        x, columns = self._augmented(raw, index, seed)
-        y = torch.from_numpy(np.ascontiguousarray(to_float(x)))
-        if not bool(torch.isfinite(y).all()):
+        return self.finish(self.decode(raw), *self.draws(torch.tensor([index]), seed))
+
+    def draws(self, index: Tensor, seed: int) -> list[Draws]:
+        """The random numbers of each global index (b,)."""
+        half = torch.full(index.shape, 0.5)
+        used = (CROP_Y, self.crop == "random"), (CROP_X, self.crop == "random"), (FLIP, self.flip)
+        columns = [uniform(seed_of(seed, stream), index) if on else half for stream, on in used]
+        return [Draws(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+
+    def finish(self, raw: Raw, draws: Draws) -> Example:
+        """A decoded sample, cropped, flipped and normalised; raises Unreadable, InputError."""
+        x, columns = self._augmented(raw, draws)
+        values = to_float(x)
+        if x.dtype.kind == "f" and not np.isfinite(values).all():
             raise Unreadable(raw.where, "NaN or infinite values")
+        y = torch.from_numpy(np.ascontiguousarray(values))
         if self.normalize == "channels":
             if self.statistics is None:
                 raise InputError('data.normalize = "channels" needs statistics: prepare, _ = settle(source, prepare)')
@@ -127,28 +154,23 @@ class Prepare:
         """The inverse of normalisation, for samples x (..., channels, *size) of a model; the identity for "range"."""
         return self.statistics.restore(x) if self.normalize == "channels" and self.statistics else x
 
-    def _augmented(self, raw: Raw, index: int, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
+    def _augmented(self, raw: Raw, draws: Draws) -> tuple[np.ndarray, dict[str, Any]]:
         x, columns = np.asarray(raw.x), dict(raw.columns)
         spatial: dict[str, np.ndarray] = {"": x, **{k: columns[k] for k in ("depth", "segmentation") if k in columns}}
         if raw.target is not None:
             top, left = (
-                self._offset(n - m, stream, index, seed)
-                for n, m, stream in zip(x.shape[1:], raw.target, (CROP_Y, CROP_X), strict=True)
+                self._offset(n - m, draw) for n, m, draw in zip(x.shape[1:], raw.target, draws[:2], strict=True)
             )
             rows, cols = slice(top, top + raw.target[0]), slice(left, left + raw.target[1])
             spatial = {k: v[..., rows, cols] for k, v in spatial.items()}
-        if self.flip and _draw(seed, FLIP, index) < 0.5:
+        if self.flip and draws.flip < 0.5:
             spatial = {k: v[..., ::-1] for k, v in spatial.items()}
         x = spatial.pop("")
         return x, {**columns, **{k: np.ascontiguousarray(v) for k, v in spatial.items()}}
 
-    def _offset(self, room: int, stream: int, index: int, seed: int) -> int:
+    def _offset(self, room: int, draw: float) -> int:
         """Where the crop starts, in 0, ..., room."""
-        return room // 2 if self.crop == "center" else min(room, int(_draw(seed, stream, index) * (room + 1)))
-
-
-def _draw(seed: int, stream: int, index: int) -> float:
-    return float(uniform(seed_of(seed, stream), torch.tensor(index)))
+        return room // 2 if self.crop == "center" else min(room, int(draw * (room + 1)))
 
 
 def _size(raw: Raw) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from undiffuse.data.cache import Cache, Recent, default_cache, is_remote, suffix
+from undiffuse.data.folder import METADATA
 from undiffuse.data.picture import SUFFIXES
 from undiffuse.data.source import Raw, Source, Unreadable, digest
 from undiffuse.types import InputError
@@ -40,7 +41,15 @@ def is_shards(name: str) -> bool:
     if is_remote(name) or suffix(name) in (".tar", ".parquet", ".tgz", ".gz") or re.search(r"[*{]", name):
         return True
     folder = Path(name).expanduser()
-    return bool(_inside(folder) or (_inside(folder / "train") and not (folder / "metadata.jsonl").exists()))
+    return _only_shards(folder) or _only_shards(folder / "train")
+
+
+def _only_shards(folder: Path) -> bool:
+    """Whether a folder has shards, and neither sub-folders nor pictures nor metadata."""
+    if not _inside(folder):
+        return False
+    others = (p for p in folder.iterdir() if p.name[0] not in "._")
+    return not any(p.is_dir() or p.name.lower().endswith(SUFFIXES) or p.name in METADATA for p in others)
 
 
 def _inside(folder: Path) -> list[str]:

@@ -217,7 +217,10 @@ class Cached:
     def _decoded(self, i: int) -> Raw | Unreadable:
         try:
             raw = self.source.read(i)
-            found: Raw | Unreadable = self.decode(raw)
+            decoded = self.decode(raw)
+            if decoded.x is raw.x:  # an array that is in memory or mapped already
+                return decoded
+            found: Raw | Unreadable = decoded
         except Unreadable as error:
             found = error
         size = 256 if isinstance(found, Unreadable) else _bytes(found)

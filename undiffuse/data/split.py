@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 
@@ -42,16 +44,18 @@ def split(source: Source, held_out: int, seed: int = 0, prepare: Prepare | None 
 def materialise(source: Source, prepare: Prepare | None = None) -> Data:
     """All samples in memory, cropped at the centre and never flipped; unreadable ones are left out."""
     plain = (prepare or Prepare()).plain()
-    found, last = [], ""
+    found, bad, last = [], 0, ""
     for i in range(len(source)):
         try:
             found.append(plain(source.read(i), 0, 0))
         except Unreadable as error:
-            last = f"; the last of those that cannot be read: {error}"
+            bad, last = bad + 1, f"the last of those that cannot be read, {error}"
     shapes = sorted({tuple(e.x.shape) for e in found})
     if len(shapes) != 1:
-        what = f"samples of shapes {shapes[0]} and {shapes[1]}: set data.size" if shapes else f"no samples{last}"
+        what = f"samples of shapes {shapes[0]} and {shapes[1]}: set data.size" if shapes else f"no samples; {last}"
         raise InputError(f"{source.name}: {what}")
+    if bad:
+        warnings.warn(f"{source.name}: {bad} samples are left out; {last}", stacklevel=2)
     labels = [e.label for e in found if e.label is not None]
     x = torch.stack([e.x for e in found])
     return Data(x, torch.tensor(labels) if len(labels) == len(found) else None, source.name)

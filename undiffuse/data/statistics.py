@@ -119,10 +119,13 @@ def shapes_differ(name: str, one: tuple[int, ...], other: tuple[int, ...]) -> st
 
 
 def settle(source: Source, prepare: Prepare) -> tuple[Prepare, Statistics]:
-    """(prepare, statistics): channels 0 becomes the most frequent number, normalize="channels" gets what it needs."""
+    """(prepare, statistics): channels 0 becomes the most frequent number, normalize="channels" gets what it needs.
+
+    At most 10,000 samples are read; 1,000 where the statistics only serve their warnings.
+    """
     if not prepare.channels:
         prepare = replace(prepare, channels=_channels(source, prepare))
-    found = measure(source, prepare)
+    found = measure(source, prepare, LIMIT if prepare.normalize == "channels" else LIMIT // 10)
     return replace(prepare, statistics=found if prepare.normalize == "channels" else None), found
 
 
