@@ -1,5 +1,6 @@
 """Bulk sampling: the same bytes for every shard size, number of processes and interruption."""
 
+import errno
 import io
 import json
 import multiprocessing
@@ -18,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -305,6 +307,19 @@ def test_two_different_commands_on_one_folder_do_not_share_it(trained, tmp_path)
     assert contents(tmp_path / "alone") == contents(tmp_path / "s")
 
 
+def test_the_first_to_claim_a_folder_keeps_it_also_without_links(trained, tmp_path, monkeypatch):
+    for text in (b"first", b"second"):
+        bulk_module._write(tmp_path / "job.json", text, replace=False)
+    assert contents(tmp_path) == {"job.json": b"first"}
+
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert bulk(trained, tmp_path / "s", 3, settings=FAST).written == 1
+    verify(tmp_path / "s")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_ends_it_at_once_with_what_is_finished(trained, tmp_path, number, code):
     words = ["sample", trained, "-n", 100_000, "--shard", 2, "--json", "--out", tmp_path / "s"]
@@ -371,7 +386,7 @@ def _free_port():
 
 
 @pytest.mark.parametrize("launcher", ["", "torchelastic"])
-def test_a_failing_process_does_not_leave_the_others_waiting(trained, tmp_path, launcher):
+def test_a_failing_process_does_not_leave_the_others_waiting(trained, tmp_path, launcher, capfd):
     port = _free_port()
 
     def member(rank):
@@ -380,11 +395,12 @@ def test_a_failing_process_does_not_leave_the_others_waiting(trained, tmp_path, 
             os.environ.update(where, RANK=str(rank), WORLD_SIZE="2", TORCHELASTIC_RUN_ID=launcher)
             if not launcher:
                 del os.environ["TORCHELASTIC_RUN_ID"]
+            PartialState._reset_state()  # what training in the parent left
             make = Maker.make
 
             def full(self, index, count=None):
                 if index == 3:
-                    raise OSError(28, "No space left on device", "shard-000003")
+                    raise OSError(errno.ENOSPC, "No space left on device", "shard-000003")
                 return make(self, index, count)
 
             Maker.make = full
@@ -396,6 +412,9 @@ def test_a_failing_process_does_not_leave_the_others_waiting(trained, tmp_path, 
     for process in both:
         process.join(60)
     assert [process.exitcode for process in both] == [1, 75]
+    says = capfd.readouterr().err
+    assert "the disk is full (shard-000003)" in says
+    assert ("process 1 failed: " in says) == (not launcher)  # a launcher ends the others: no need to wait for them
     assert {p.name for p in (tmp_path / "s").glob("shard-*.json")} >= {"shard-000001.json"}
     assert not (tmp_path / "s" / "manifest.json").exists()
 
