@@ -47,9 +47,10 @@ def _size(stored: bytes | Path) -> int:
 def header(stored: bytes | Path, where: str) -> tuple[int, int]:
     """(height, width) as shown, from the header alone; raises Unreadable."""
     try:
-        _size(stored)
+        size = _size(stored)
         with _open(stored) as image:
-            turned = image.getexif().get(0x0112) in _ROTATED
+            _check(image, size)
+            turned = Image.Image.getexif(image).get(0x0112) in _ROTATED  # that of PNG would decode the picture
             return (image.width, image.height) if turned else (image.height, image.width)
     except Exception as error:  # a damaged picture may raise nearly anything
         raise Unreadable(where, _reason(error)) from error

@@ -213,7 +213,8 @@ class Tables:
         try:
             with self.cache.open(place) as file:
                 table = pq.ParquetFile(file)
-                packed = table.metadata.row_group(k).total_byte_size
+                group = table.metadata.row_group(k)
+                packed = sum(group.column(c).total_compressed_size for c in range(group.num_columns))
                 for batch in table.iter_batches(batch_size=32, row_groups=[k], columns=self._plan.wanted):
                     total += batch.nbytes
                     if total > _SMALL and total > _RATIO * packed:
