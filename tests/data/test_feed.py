@@ -2,7 +2,9 @@
 
 import json
 import multiprocessing
+import pickle
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -109,6 +111,14 @@ def test_buckets_come_in_batches_of_one_shape(folder):
     assert len({tuple(b.x.shape[2:]) for b in batches}) == 3
     assert {tuple(b.x.shape[2:]) for b in batches} <= set(prepare.shapes())
     assert set(torch.cat([b.ids for b in batches]).tolist()) == set(range(30))
+
+
+def test_what_workers_need_can_be_sent_to_them(folder):
+    for order in (None, Windowed((10, 20), 0, 1)):
+        for prepare in (AUGMENTED, replace(AUGMENTED, buckets=(1.0, 1.4)) if order is None else AUGMENTED):
+            given = feed(open_folder(str(folder)), prepare, order)
+            sent = pickle.loads(pickle.dumps(given))
+            assert all(same(a, b) for a, b in zip(given.steps(1, 9, 5), sent.steps(1, 9, 5), strict=True))
 
 
 def test_columns_are_lists(tmp_path):

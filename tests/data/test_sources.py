@@ -96,13 +96,13 @@ def test_metadata_gives_texts_labels_and_maps(tmp_path, kind):
     write(tmp_path / "maps" / "s.png", flat(3))
     rows = [
         {"file_name": "in/007.png", "text": 'a "red", ball', "label": "cat", "depth": "maps/d.png"},
-        {"file_name": "003.png", "text": "ünïcode", "label": "ape", "segmentation_file_name": "maps/s.png"},
+        {"file_name": "003.png", "caption": "ünïcode", "label": "ape", "segmentation_file_name": "maps/s.png"},
     ]
     source = described(tmp_path, kind, rows)
     assert (source.classes, labels(source), values(source)) == (("ape", "cat"), [1, 0], [7, 3])
     assert set(source.columns) == {"text", "depth", "segmentation"}
     a, b = (Prepare()(source.read(i), 0, 0).columns for i in range(2))
-    assert (a["text"], b["text"]) == (rows[0]["text"], rows[1]["text"])
+    assert (a["text"], b["text"]) == (rows[0]["text"], "ünïcode")
     assert np.allclose(a["depth"], 100 / 255)
     assert np.array_equal(b["segmentation"], np.full((4, 4), 3))
 
@@ -229,6 +229,17 @@ def test_npy_files_are_memory_mapped(tmp_path):
         file.truncate(file.tell() + 64_000_000_000)
     source = open_source(str(tmp_path / "big.npy"))
     assert (len(source), source.read(999_999).x.shape) == (1_000_000, (1, 256, 250))
+
+
+def test_the_fingerprint_of_large_mapped_files_is_their_size_and_time(tmp_path, monkeypatch):
+    path = tmp_path / "a.npy"
+    np.save(path, np.zeros((4, 1, 2), np.uint8))
+    by_content = open_source(str(path)).fingerprint()
+    monkeypatch.setattr("undiffuse.data.source._HASHED", 4)
+    first = open_source(str(path)).fingerprint()
+    assert first == open_source(str(path)).fingerprint() != by_content
+    np.save(path, np.ones((4, 1, 2), np.uint8))
+    assert open_source(str(path)).fingerprint() != first
 
 
 def test_arrays_that_do_not_fit_are_refused():

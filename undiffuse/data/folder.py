@@ -18,6 +18,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 _TEST = ("test", "validation", "val")
 _FILES = ("depth", "segmentation", "audio")  # columns whose text is a path
 _NAME = "_file_name"
+_TEXT = {"caption": "text", "prompt": "text"}
 _CLASSES = 100_000
 
 
@@ -166,7 +167,7 @@ def _described(root: Path, path: Path, classes: tuple[str, ...] | None) -> Folde
     for (_, row), label in zip(rows, numbers, strict=True):
         rest = {k: v for k, v in row.items() if k not in ("file_name", "label") and v is not None}
         paths = {k.removesuffix(_NAME): v for k, v in rest.items() if k.endswith(_NAME) or k in _FILES}
-        values = {k: v for k, v in rest.items() if not k.endswith(_NAME) and k not in _FILES}
+        values = {_TEXT.get(k, k): v for k, v in rest.items() if not k.endswith(_NAME) and k not in _FILES}
         files = {k: v for k, v in paths.items() if isinstance(v, str)}
         wrong = f"{', '.join(paths.keys() - files.keys())}: expected the path of a file" if paths != files else ""
         entries.append(Entry(row["file_name"], label, values, files, wrong))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ class Unreadable(InputError):
         return type(self), (self.where, self.reason)
 
 
+_HASHED = 2**32  # bytes of a mapped file up to which its content is hashed
 Stored = bytes | Path | np.ndarray  # a picture's file or its content, or an array (channels, *size)
 
 
@@ -66,7 +68,7 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """SHA-256 in hex, another one if the data changes (of arrays the bytes; of files names, sizes and times)."""
+        """SHA-256 in hex, another if the data changes (arrays to 4 GiB: their bytes; files: names, sizes, times)."""
         ...
 
 
@@ -125,8 +127,16 @@ class Arrays:
         parts: list[str | bytes] = []
         for key, values in {"x": self.x, "labels": self.labels, **self.extra}.items():
             if values is not None:
-                parts += [key, str(values.dtype), str(values.shape), hash_rows(values)]
+                parts += [key, str(values.dtype), str(values.shape), _content(values)]
         return digest(*parts)
+
+
+def _content(array: np.ndarray) -> str:
+    """What changes with an array's content: its hash, or its file's size and time where hashing would take minutes."""
+    if isinstance(array, np.memmap) and array.nbytes > _HASHED and array.filename is not None:
+        stat = os.stat(array.filename)
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+    return hash_rows(array)
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 from undiffuse.data.data import Data
 from undiffuse.data.prepare import Prepare
 from undiffuse.data.source import Source, Subset, Unreadable, choice
+from undiffuse.data.statistics import shapes_differ
 from undiffuse.types import InputError
 
 
@@ -44,18 +45,23 @@ def split(source: Source, held_out: int, seed: int = 0, prepare: Prepare | None 
 def materialise(source: Source, prepare: Prepare | None = None) -> Data:
     """All samples in memory, cropped at the centre and never flipped; unreadable ones are left out."""
     plain = (prepare or Prepare()).plain()
-    found, bad, last = [], 0, ""
+    x, labels, count, bad, last = torch.empty(0), list[int | None](), 0, 0, ""
     for i in range(len(source)):
         try:
-            found.append(plain(source.read(i), 0, 0))
+            example = plain(source.read(i), 0, 0)
         except Unreadable as error:
             bad, last = bad + 1, f"the last of those that cannot be read, {error}"
-    shapes = sorted({tuple(e.x.shape) for e in found})
-    if len(shapes) != 1:
-        what = f"samples of shapes {shapes[0]} and {shapes[1]}: set data.size" if shapes else f"no samples; {last}"
-        raise InputError(f"{source.name}: {what}")
+            continue
+        if not count:
+            x = torch.empty(len(source), *example.x.shape)
+        if x.shape[1:] != example.x.shape:
+            raise InputError(shapes_differ(source.name, tuple(x.shape[1:]), tuple(example.x.shape)))
+        x[count] = example.x
+        labels.append(example.label)
+        count += 1
+    if not count:
+        raise InputError(f"{source.name}: no samples; {last}")
     if bad:
         warnings.warn(f"{source.name}: {bad} samples are left out; {last}", stacklevel=2)
-    labels = [e.label for e in found if e.label is not None]
-    x = torch.stack([e.x for e in found])
-    return Data(x, torch.tensor(labels) if len(labels) == len(found) else None, source.name)
+    known = [label for label in labels if label is not None]
+    return Data(x[:count], torch.tensor(known) if len(known) == count else None, source.name)

@@ -137,7 +137,7 @@ def parquet_index(file: BinaryIO) -> dict[str, Any]:
         plan = plan_of(table.schema_arrow, file.name)
         labels: set[Any] = set()
         if plan.label and not plan.names:
-            for batch in table.iter_batches(batch_size=65536, columns=[plan.label]):
+            for batch in table.iter_batches(batch_size=1024, columns=[plan.label]):
                 labels.update(batch.column(0).unique().to_pylist())
                 if len(labels) > _CLASSES:
                     raise InputError(f"{file.name}: more than {_CLASSES} different values of {plan.label}")
