@@ -13,6 +13,7 @@ from PIL import Image
 from undiffuse import cli
 
 TINY = ["net.width=16", "train.steps=6", "train.batch=16", "train.every=3", "train.warmup=0"]
+TINY += ["eval.every=0", "track=none"]
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def run(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    argv, sys.argv = sys.argv, ["undiffuse", "train", f"out={out}", "--json", *TINY]
+    argv, sys.argv = sys.argv, ["undiffuse", "train", f"out={out}", "--json", *TINY, "eval.every=3", "track=auto"]
     try:
         with pytest.raises(SystemExit) as stop:
             cli.main()
@@ -43,8 +44,12 @@ def trained(tmp_path_factory):
 def test_train_writes_a_run_folder_and_is_idempotent(trained, run):
     assert {p.name for p in trained.iterdir()} >= {"config.toml", "metrics.jsonl", "checkpoints", "model"}
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 6
-    assert {"lam", "mse", "linear", "count"} <= rows[-1]["bins"][0].keys()
+    assert rows[-2]["step"] == rows[-1]["step"] == 6
+    assert {"lam", "mse", "linear", "count"} <= rows[-2]["bins"][0].keys()
+    assert sorted(p.name for p in (trained / "samples").iterdir()) == ["step-000003.png", "step-000006.png"]
+    assert Image.open(trained / "curves.png").size == (1440, 900)
+    assert [row["step"] for row in rows if "eval" in row] == [3, 6]
+    assert list((trained / "logs/tensorboard").glob("events.*"))
     code, out, _ = run("train", f"out={trained}", "--json", *TINY)
     assert code == 0
     assert json.loads(out)["steps_run"] == 0
@@ -176,7 +181,7 @@ def test_a_full_disk_asks_to_try_again(run, monkeypatch, tmp_path):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
 
-    monkeypatch.setattr("undiffuse.train.loop.save_file", full)
+    monkeypatch.setattr("undiffuse.train.files.save_file", full)
     code, _, err = run("train", f"out={tmp_path / 'run'}", *TINY)
     assert code == 75
     assert "disk is full" in err

@@ -5,7 +5,7 @@ import tomllib
 import pytest
 
 from undiffuse import DDIM, Adams, EDMPrecond, InputError, Karras
-from undiffuse.config import DEFAULTS, KINDS, Config, fields, parse_overrides
+from undiffuse.config import DEFAULTS, KINDS, Config, DataConfig, fields, parse_overrides
 
 
 def resolve(*words):
@@ -42,10 +42,25 @@ def test_a_word_is_short_for_a_kind_and_changing_the_kind_forgets_its_settings()
     assert resolve("grid=karras", "grid.rho=5").build("grid") == Karras(rho=5.0)
 
 
+def test_the_name_of_the_data_is_short_for_its_settings_in_any_order():
+    for words in (["data=x.npy", "data.size=32"], ["data.size=32", "data=x.npy"], ["data.name=x.npy", "data.size=32"]):
+        assert resolve(*words).section("data") == DataConfig("x.npy", size=32)
+    assert Config.resolve({"data": "x.npy"}, {"data": {"size": 32}}).section("data") == DataConfig("x.npy", size=32)
+    assert resolve("data.size=64", "data.buckets=[0.75, 1, 1.33]").section("data").buckets == (0.75, 1.0, 1.33)
+
+
+def test_the_batch_is_a_number_or_auto():
+    assert resolve("train.batch=auto").section("train").batch == "auto"
+    assert resolve("train.batch=auto").measured(0.7, 100, 128).section("train").batch == 128
+    for wrong in ("many", "1.5", "0"):
+        with pytest.raises(InputError, match=r"train\.batch"):
+            resolve(f"train.batch={wrong}")
+
+
 def test_the_heads_sigma_data_is_measured_unless_stated():
-    assert resolve().measured(0.7, 100).build("head") == EDMPrecond(0.7)
-    assert resolve("head.sigma_data=0.3").measured(0.7, 100).build("head") == EDMPrecond(0.3)
-    assert "sigma_data" not in resolve("head=v").measured(0.7, 100).values["head"]
+    assert resolve().measured(0.7, 100, 64).build("head") == EDMPrecond(0.7)
+    assert resolve("head.sigma_data=0.3").measured(0.7, 100, 64).build("head") == EDMPrecond(0.3)
+    assert "sigma_data" not in resolve("head=v").measured(0.7, 100, 64).values["head"]
 
 
 @pytest.mark.parametrize(
@@ -56,6 +71,16 @@ def test_the_heads_sigma_data_is_measured_unless_stated():
         (["solver=ddim", "solver.etta=1"], "unknown key solver.etta: did you mean 'eta'"),
         (["solver.order=3"], "unknown key solver.order"),
         (["net.widht=3"], "did you mean 'width'"),
+        (["data.sise=3"], "unknown key data.sise: did you mean 'size'"),
+        (["data.buckets=[1.0]"], "data.buckets.*need data.size"),
+        (["data.channels=2"], "data.channels"),
+        (["data="], "data.name"),
+        (["engine.device=tpu"], "engine.device"),
+        (["engine.sharding=zero"], "engine.sharding"),
+        (["engine.micro=-1"], "engine.micro"),
+        (["train.precision=int4"], "train.precision"),
+        (["eval.n=1"], "eval.n must be >= 2"),
+        (["eval.every=-1"], "eval.every"),
         (["net.channels=3"], "net.channels follows from the data"),
         (["net.width=wide"], "net.width: .*integer.*got 'wide'"),
         (["net.mults=[1, x]"], "net.mults"),

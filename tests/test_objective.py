@@ -197,37 +197,46 @@ def distance(u):
 @pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("space", SPACES)
 def test_stratified_levels_are_one_a_slice_in_random_order_with_the_same_marginal(space, levels):
-    g, b = torch.Generator().manual_seed(0), 16
+    b = 16
     parts, plain = (Objective(SPACES[space], LEVELS[levels](), stratified=s) for s in (True, False))
-    u = torch.stack([uniform(parts, parts.draw(b, g)) for _ in range(400)])
+    u = torch.stack([uniform(parts, parts.draw(b, 0, step)) for step in range(1, 401)])
     slices = (u * b - 1e-9).ceil() - 1
     assert torch.equal(slices.sort(1).values, torch.arange(b).double().expand(400, b))
     assert not torch.equal(slices[0], slices[1])
     assert distance(u[:, 0]) < 1.63
     assert distance((u * b).frac().flatten()) < 1.63
-    assert distance(uniform(plain, plain.draw(4000, g))) < 1.63
+    assert distance(uniform(plain, plain.draw(4000))) < 1.63
 
 
 @pytest.mark.parametrize("levels", LEVELS)
 def test_stratified_levels_lower_the_variance_of_the_loss(levels):
     """Every row has the moments of the data exactly, so that the levels alone make the batch's loss vary."""
     x0, eps = (part.T for part in (MEAN + SD * SIGNS[:, :1], SIGNS[:, 1:]))
-    g = torch.Generator().manual_seed(0)
 
     def losses(stratified):
         objective = Objective(VP(), LEVELS[levels](), sigma_data=SD, stratified=stratified)
         batch = x0.expand(32, 4), eps.expand(32, 4)
-        return torch.stack([objective(silent(V()), *batch, objective.draw(32, g)).loss.mean() for _ in range(300)])
+        draws = [objective.draw(32, 0, step) for step in range(1, 301)]
+        return torch.stack([objective(silent(V()), *batch, level).loss.mean() for level in draws])
 
     less, more = losses(True), losses(False)
     assert less.var() < 0.1 * more.var()
     assert float(less.mean()) == pytest.approx(float(more.mean()), abs=4 * float(more.std()) / math.sqrt(300))
 
 
-def test_draws_repeat_with_their_generator():
-    draws = [Objective(VP()).draw(8, torch.Generator().manual_seed(s)).lam for s in (1, 1, 2)]
+@pytest.mark.parametrize("stratified", [True, False])
+def test_draws_are_a_function_of_seed_and_step(stratified):
+    objective = Objective(VP(), stratified=stratified)
+    draws = [objective.draw(8, *at).lam for at in ((1, 1), (1, 1), (2, 1), (1, 2))]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], draws[3])
+
+
+def test_draws_without_strata_are_those_of_the_global_index():
+    """Two steps of 4 draw what one step of 8 does: a run's levels do not depend on how it is cut into batches."""
+    objective = Objective(VP(), stratified=False)
+    assert torch.equal(torch.cat([objective.draw(4, 7, step).lam for step in (1, 2)]), objective.draw(8, 7).lam)
 
 
 @pytest.mark.parametrize("levels", LEVELS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 import time
 import warnings
@@ -33,7 +34,7 @@ from undiffuse.denoise import Counter, FixedRows
 from undiffuse.fit import fit
 from undiffuse.model import Model
 from undiffuse.sample import sample as draw
-from undiffuse.train import NonFinite, TrainState
+from undiffuse.train import Lost, NonFinite, Preempted, Processes, TrainState
 from undiffuse.types import InputError
 
 app = typer.Typer(
@@ -83,11 +84,15 @@ class Bars:
 
 def _trainer(bars: Bars) -> Callable[[TrainState, int], None]:
     smooth: list[float] = []
+    times: list[float] = []
 
     def on_step(state: TrainState, steps: int) -> None:
         smooth.append(state.loss)
-        del smooth[:-50]
-        bars.move("training", state.step, steps, f"loss {sum(smooth) / len(smooth):.4f}")
+        times.append(time.perf_counter())
+        del smooth[:-50], times[:-50]
+        speed = len(state.lam) * (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
+        loss = f"loss {sum(smooth) / len(smooth):.4f}, gradient {state.grad_norm:.2f}"
+        bars.move("training", state.step, steps, f"{loss}, {speed:.0f} samples/s" if speed else loss)
 
     return on_step
 
@@ -156,25 +161,36 @@ def train(
     as_json: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Train into the run folder `out`, or go on where that run stopped."""
+    """Train into the run folder `out`, or go on where that run stopped: the same command again.
+
+    In several processes: `torchrun --nproc-per-node 2 -m undiffuse train ...` or `accelerate launch -m undiffuse ...`.
+    """
     layers = [Config.read(config)] if config else []
     resolved = Config.resolve(*layers, parse_overrides(overrides or []))
     if dry_run:
         return _dry(resolved, as_json)
+    processes = Processes.start(resolved.section("engine").device)
     started = time.perf_counter()
     last: list[TrainState] = []
-    with Bars(as_json) as bars:
+    first: list[int] = []
+    with Bars(as_json or not processes.main) as bars:
         on_step = _trainer(bars)
 
         def keep(state: TrainState, steps: int) -> None:
+            first.append(state.step) if not first else None
             last[:] = [state]
             on_step(state, steps)
 
-        model, data, _ = fit(resolved, keep)
+        model, data, _ = fit(resolved, keep, processes=processes)
+    processes.end()
+    if not processes.main:
+        return
     out, seconds = resolved.values["out"], time.perf_counter() - started
+    seen = len(last[0].lam) * (last[0].step + 1 - first[0]) if last else 0
     facts = {"out": out, "parameters": model.parameters, "samples": len(data), "seconds": round(seconds, 1)}
-    facts["steps_run"] = last[0].step if last else 0
-    text = f"{model.parameters:,} parameters on {len(data):,} samples in {seconds:.0f} s. Next: undiffuse sample {out}"
+    facts["steps_run"] = last[0].step + 1 - first[0] if last else 0
+    facts["samples_per_second"] = round(seen / seconds, 1)
+    text = f"{model.parameters:,} parameters, {seen:,} samples in {seconds:.0f} s. Next: undiffuse sample {out}"
     _say(as_json, facts, text if last else f"{out} was finished before. Next: undiffuse sample {out}")
 
 
@@ -413,12 +429,12 @@ def _certificates(found: list[Certificate], stds: tuple[float, ...], where: str)
     console.print("\n".join(lines), soft_wrap=True)
 
 
-INTERRUPTED = "interrupted; the same command goes on from the newest checkpoint (one every `train.every` steps)"
+INTERRUPTED = "interrupted; the same command goes on where this one stopped"
 
 
 def main() -> None:
     """Entry point: user's mistakes become one line and an exit code, never a traceback."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = _warn
     try:
         code = app(standalone_mode=False)
         if code == 130:
@@ -428,7 +444,9 @@ def main() -> None:
     except UsageError as error:
         code = _fail(str(error.format_message()), 2)  # type: ignore[attr-defined]
     except NonFinite as error:
-        code = _fail(str(error), 1)
+        code = _everywhere(str(error), 1)
+    except (Preempted, Lost) as error:
+        code = _everywhere(f"{error}; the same command goes on from the newest checkpoint", 75)
     except (typer.Abort, KeyboardInterrupt):
         code = _fail(INTERRUPTED, 130)
     except OSError as error:
@@ -439,6 +457,21 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _warn(message: object, *_: object, **__: object) -> None:
+    if _main_process():
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def _everywhere(message: str, code: int) -> int:
+    """Fail with what happens in all processes of a run: the main one says it."""
+    return _fail(message, code) if _main_process() else code
+
+
+def _main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    where = "" if _main_process() else f" (process {os.environ['RANK']})"
+    print(f"error{where}: {message}", file=sys.stderr)
     return code

@@ -11,7 +11,8 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pydantic
 import tomli_w
@@ -22,7 +23,7 @@ from undiffuse.nets import NETS
 from undiffuse.precond import HEADS
 from undiffuse.schedule import SCHEDULES
 from undiffuse.solvers import SOLVERS
-from undiffuse.train import LEVELS, WEIGHTS, Plan
+from undiffuse.train import LEVELS, WEIGHTS, Engine, Plan
 from undiffuse.types import InputError
 
 KINDS: dict[str, dict[str, Callable[..., Any]]] = {
@@ -56,28 +57,95 @@ class SampleConfig:
             raise InputError(f"sample.rows must be >= 0 (0: off), got {self.rows}")
 
 
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on and how samples are made of it.
+
+    `name` is a built-in set, a folder, a file, shards, or hf:NAME; `path` says where a built-in set's files lie. Images
+    are resized to `size` by their shorter side and cropped (0: as they are), with `channels` 1, 3 or 4 (0: as they
+    are); `crop` is center or random, `flip` mirrors every second one, and `buckets` are aspect ratios that are kept
+    instead of cropped to a square. `normalize` is range (bytes to [-1, 1], floats as they are) or channels (by each
+    channel's measured mean and std). The job stops when more than `bad_share` of the samples cannot be read. Decoded
+    samples of up to `cache_mb` megabytes stay in memory. Shards: samples are mixed within `window` shards, in `lanes`
+    streams that processes can read apart.
+    """
+
+    name: str = "digits"
+    path: str = ""
+    size: int = 0
+    channels: int = 0
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    buckets: tuple[float, ...] = ()
+    normalize: Literal["range", "channels"] = "range"
+    bad_share: float = 0.01
+    cache_mb: int = 512
+    window: int = 4
+    lanes: int = 1
+
+    def __post_init__(self) -> None:
+        for name, ok in {
+            "name": bool(self.name.strip()),
+            "size": self.size >= 0,
+            "channels": self.channels in (0, 1, 3, 4),
+            "buckets": all(0 < ratio < 100 for ratio in self.buckets) and (not self.buckets or self.size > 0),
+            "bad_share": 0 <= self.bad_share <= 1,
+            "cache_mb": self.cache_mb >= 0,
+            "window": self.window >= 1,
+            "lanes": self.lanes >= 1,
+        }.items():
+            if not ok:
+                hint = "; buckets need data.size too" if name == "buckets" else ""
+                raise InputError(f"data.{name} = {getattr(self, name)!r} is out of range{hint}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """While training, every `every` steps and at the end (0: never): a grid of samples from fixed seeds, and the
+    distances of `n` samples to held-out data."""
+
+    every: int = 500
+    n: int = 64
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise InputError(f"eval.every must be >= 0 steps (0: off), got {self.every}")
+        if self.n < 2:
+            raise InputError(f"eval.n must be >= 2 samples, got {self.n}")
+
+
 DEFAULTS: dict[str, Any] = {
-    "data": "digits",
+    "data": {"name": "digits"},
     "held_out": 797,
     "seed": 0,
     "out": "runs/digits",
+    "track": "auto",
     "schedule": {"kind": "vp"},
     "head": {"kind": "edm"},
     "net": {"kind": "unet", "width": 64, "mults": [1], "patch": 2},
     "levels": {"kind": "log-normal"},
     "weight": {"kind": "edm"},
     "train": {},
+    "engine": {},
+    "eval": {},
     "solver": {"kind": "dpmpp-2m"},
     "grid": {"kind": "uniform-lam"},
     "guidance": {"kind": "cfg", "w": 2.0},
     "sample": {},
 }
-SECTIONS: dict[str, Callable[..., Any]] = {"train": Plan, "sample": SampleConfig}
+SECTIONS: dict[str, Callable[..., Any]] = {
+    "data": DataConfig,
+    "train": Plan,
+    "engine": Engine,
+    "eval": EvalConfig,
+    "sample": SampleConfig,
+}
+SHORT = {**dict.fromkeys(KINDS, "kind"), "data": "name"}  # what `key=WORD` means for these
 FROM_DATA = {"channels", "dims", "vector", "learned_variance"}  # set by the data or by the objective
 
 
 def _simple(annotation: Any) -> bool:
-    if get_origin(annotation) in (tuple, list, Sequence):
+    if get_origin(annotation) in (tuple, list, Sequence, Union, UnionType):
         return all(_simple(a) for a in get_args(annotation) if a is not Ellipsis)
     return get_origin(annotation) is Literal or annotation in (int, float, bool, str)
 
@@ -140,8 +208,8 @@ class Config:
             for key, value in layer.items():
                 if key not in DEFAULTS:
                     raise InputError(f"unknown key {key!r}: {_nearest(key, list(DEFAULTS), 'known keys')}")
-                if key in KINDS and isinstance(value, str):
-                    value = {"kind": value}
+                if key in SHORT and isinstance(value, str):
+                    value = {SHORT[key]: value}
                 if isinstance(DEFAULTS[key], dict):
                     if not isinstance(value, Mapping):
                         raise InputError(f"{key} needs settings such as {key}.NAME=VALUE, got {value!r}")
@@ -172,9 +240,10 @@ class Config:
             config.section(section)
         return config
 
-    def measured(self, sigma_data: float, held_out: int) -> Config:
-        """The same completed from the data: `held_out`, and the head's sigma_data unless it was stated."""
-        values = {**self.values, "held_out": held_out}
+    def measured(self, sigma_data: float, held_out: int, batch: int) -> Config:
+        """The same completed by what was measured: `held_out`, `train.batch`, and the head's sigma_data unless it was
+        stated."""
+        values = {**self.values, "held_out": held_out, "train": {**self.values["train"], "batch": batch}}
         if "sigma_data" in self.values["head"] and "head.sigma_data" not in self.given:
             values["head"] = {**self.values["head"], "sigma_data": sigma_data}
         return Config(values, self.given)
@@ -186,8 +255,8 @@ class Config:
         return KINDS[family][kind](**given, **extra)
 
     def section(self, name: str) -> Any:
-        """The `Plan` of "train" or the `SampleConfig` of "sample"."""
-        return SECTIONS[name](**self.values[name])
+        """The object of a section, e.g. the `Plan` of "train" or the `SampleConfig` of "sample"."""
+        return SECTIONS[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in self.values[name].items()})
 
     def toml(self) -> str:
         """As TOML, sufficient to rebuild."""
@@ -221,8 +290,8 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             value = text
         *parents, last = key.split(".")
-        if not parents and last in KINDS:
-            parents, last = [last], "kind"
+        if not parents and last in SHORT:
+            parents, last = [last], SHORT[last]
         place = layer
         for parent in parents:
             place = place.setdefault(parent, {})

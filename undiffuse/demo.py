@@ -17,17 +17,20 @@ from torch import Tensor
 from undiffuse import plot
 from undiffuse.config import Config
 from undiffuse.data import Data
-from undiffuse.evals import Distances, Reader, distances
-from undiffuse.fit import Fitted, fit, loss_by_level
+from undiffuse.evals import Distances, Reader, copy_ratio, distances
+from undiffuse.fit import Fitted, fit
 from undiffuse.model import Model
 from undiffuse.sample import Noise, trajectory
 from undiffuse.solvers import DDIM, DDPM, DPMpp2M, Solver
 from undiffuse.train import TrainState
 from undiffuse.types import InputError
+from undiffuse.watch import loss_by_level
 
 PRESET: dict[str, Any] = {
     "data": "digits",
     "out": "runs/demo",
+    "eval": {"every": 0},
+    "track": "none",
     "train": {"steps": 1000, "every": 500},
     "guidance": {"kind": "cfg", "w": 2.0},
 }
@@ -84,7 +87,8 @@ def clear(out: Path) -> None:
         raise InputError(f"{out} exists and is not a run folder of undiffuse: give another with --out")
     for name in ("checkpoints", "model", "samples"):
         shutil.rmtree(out / name, ignore_errors=True)
-    texts, pictures = "config.toml data.sha256 metrics.jsonl report.html result.json", "samples levels distances"
+    texts = "config.toml data.json spectrum.safetensors metrics.jsonl report.html result.json"
+    pictures = "samples levels distances curves"
     for name in [*texts.split(), "denoising.gif", *(f"{p}.png" for p in pictures.split())]:
         (out / name).unlink(missing_ok=True)
 
@@ -94,14 +98,6 @@ def measure(model: Model, data: Data, solver: Solver, steps: int, w: float = 1.0
     assert data.labels is not None
     x = model.sample(len(data), data.labels, steps=steps, solver=solver, guidance=w, seed=seed)
     return distances(x.clamp(-1, 1), data.x)
-
-
-def copy_ratio(x: Tensor, train: Tensor, held_out: Tensor) -> float:
-    """Median distance to the nearest training sample over that to the nearest held-out one, from equally many of each;
-    far below 1 means copying."""
-    n = min(len(train), len(held_out))
-    near = [torch.cdist(x.flatten(1), part[:n].flatten(1)).amin(1) for part in (train, held_out)]
-    return float(near[0].median() / near[1].median())
 
 
 def path_frames(model: Model, w: float, steps: int = PATH_STEPS, rows: int = 3, seed: int = 7) -> list[Image.Image]:
@@ -131,7 +127,7 @@ def path_frames(model: Model, w: float, steps: int = PATH_STEPS, rows: int = 3, 
 def configure(layers: Sequence[dict[str, Any]] = (), out: Path | None = None) -> Config:
     """The preset under these layers; InputError for other data than the digits."""
     config = Config.resolve(PRESET, *layers, {"out": str(out)} if out else {})
-    if config.values["data"] != "digits":
+    if config.values["data"]["name"] != "digits":
         raise InputError("the demo is about the digits; train on your own data with `undiffuse train data=FILE`")
     return config
 

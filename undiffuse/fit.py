@@ -2,55 +2,55 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from undiffuse.cond import Cond, Label
+from undiffuse.cond import Label
 from undiffuse.config import Config
-from undiffuse.data import Data, load_data
+from undiffuse.data import Data
 from undiffuse.denoise import Denoiser
-from undiffuse.level import Level
 from undiffuse.model import Model, assemble
-from undiffuse.sample import Noise
+from undiffuse.rundata import RunData, about_of
+from undiffuse.runlog import Log
 from undiffuse.spectrum import Spectrum
 from undiffuse.train import (
     EMA,
     Checkpoints,
+    Engine,
+    Gradient,
     LevelBins,
     Objective,
+    Plan,
+    Processes,
+    Signals,
     TrainState,
     is_sound,
+    out_of_memory,
     replace_text,
     same_settings,
     train,
+    weights,
 )
 from undiffuse.types import InputError
+from undiffuse.watch import Left, Watch
 
-NOT_TRAINING = {"out", "solver", "grid", "guidance", "sample"}  # settings that may differ when a run goes on
+# what may differ when a run goes on
+NOT_TRAINING = {"out", "track", "engine", "eval", "solver", "grid", "guidance", "sample"}
 
 
 class Fitted(NamedTuple):
-    """A finished run: the model, the data that trained it, and the data held out from it."""
+    """A finished run: the model, the data that trained it (of large data a part), and the data held out from it."""
 
     model: Model
     train: Data
     held_out: Data
-
-
-def split(config: Config) -> tuple[Data, Data]:
-    """The two parts of the configured data; InputError if it is too small for `held_out`."""
-    data = load_data(config.values["data"])
-    held_out = config.values["held_out"]
-    if "held_out" not in config.given and config.values["data"] != "digits":  # the default suits the digits
-        held_out = min(held_out, len(data) // 5)
-    return data.split(held_out)
 
 
 def _identity(config: Config) -> dict[str, Any]:
@@ -58,96 +58,161 @@ def _identity(config: Config) -> dict[str, Any]:
     return {k: v for k, v in config.values.items() if k not in NOT_TRAINING}
 
 
-def _resume_log(path: Path, step: int) -> None:
-    """Keep the log's lines up to the step from which training goes on."""
-    if path.exists():
-        lines = path.read_bytes().decode(errors="replace").splitlines()
-        replace_text(path, "".join(line + "\n" for line in lines if _step(line) <= step))
-
-
-def _step(line: str) -> float:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # torn by a full disk
-        return float("inf")
-
-
 def fit(
     config: Config,
     progress: Callable[[TrainState, int], None] | None = None,
     log_every: int = 50,
+    processes: Processes | None = None,
 ) -> Fitted:
     """Train by configuration into the run folder `out`, or go on where that run stopped.
 
-    Writes config.toml, metrics.jsonl (loss per lam bin beside the best linear denoiser), checkpoints/ and model/.
-    `progress(state, steps)` is called after every step. Raises InputError for impossible combinations and for a run
-    folder with other settings, NonFinite if training diverges.
+    Writes config.toml, data.json, metrics.jsonl (loss per lam bin beside the best linear denoiser, measurements),
+    curves.png, samples/, logs/ (trackers), checkpoints/ and model/. `progress(state, steps)` is called after every
+    step. In several processes (`accelerate launch`, `torchrun`) all call it. SIGTERM and Ctrl-C save the state first.
+    Raises InputError for impossible combinations and for a run folder with other settings, NonFinite if training
+    diverges, Preempted after SIGTERM.
     """
-    train_part, held_out = split(config)
-    spectrum, seed, out = Spectrum.measure(train_part.x), config.values["seed"], Path(config.values["out"])
+    engine: Engine = config.section("engine")
+    processes = processes or Processes.start(engine.device)
+    seed, out = config.values["seed"], Path(config.values["out"])
+    data = RunData.of(config)
+    started = (out / "config.toml").is_file()
+    before = Config.resolve(Config.read(out / "config.toml")) if started else None
+    spectrum = processes.share(lambda: _spectrum(data, out))
     if spectrum.std == 0:
-        raise InputError(f"{train_part.name}: all samples are the same; there is nothing to learn")
-    config = config.measured(float(f"{spectrum.std:.4g}"), len(held_out))
-    plan = config.section("train")
-    digest = hashlib.sha256(train_part.x.numpy().tobytes())
-    if train_part.labels is not None:
-        digest.update(train_part.labels.numpy().tobytes())
-    fingerprint = digest.hexdigest()
-    identity = _identity(config)
-    if (out / "config.toml").is_file():
-        same_settings(_identity(Config.resolve(Config.read(out / "config.toml"))), identity, out)
-        if (out / "data.sha256").is_file() and (out / "data.sha256").read_text().strip() != fingerprint:
+        raise InputError(f"{data.train.name}: all samples are the same; there is nothing to learn")
+    batch = config.section("train").batch
+    if batch == "auto" and before is not None:
+        batch = before.section("train").batch
+    sigma = float(f"{spectrum.std:.4g}")
+    if batch == "auto":
+        probe = config.measured(sigma, len(data.held_out), 64)
+        batch = processes.share(lambda: largest_batch(probe, spectrum, data.classes, processes.device))
+        batch *= processes.world
+    config = config.measured(sigma, len(data.held_out), batch)
+    plan, identity = config.section("train"), _identity(config)
+    if before is not None:
+        same_settings(_identity(before), identity, out)
+        if (out / "data.json").is_file() and not about_of(out, data.fingerprint):
             raise InputError(f"{out} was trained on other data of the same name: give another `out` or delete that run")
         if is_sound(out / "model"):
-            return Fitted(replace(Model.load(out), config=config), train_part, held_out)
+            return Fitted(replace(Model.load(out), config=config), data.train, data.held_out)
+    for note in data.notes if processes.main else ():
+        warnings.warn(note, stacklevel=2)
+    return _fit(config, plan, engine, data, spectrum, processes, seed, out, progress, log_every)
+
+
+def _spectrum(data: RunData, out: Path) -> Spectrum:
+    """Measured once: of a run that goes on, the one in its folder."""
+    if about_of(out, data.fingerprint).get("prepare") == repr(data.prepare) and not data.complete:
+        return Spectrum.load(out / "spectrum.safetensors")
+    return Spectrum.measure(data.train.x)
+
+
+def _fit(
+    config: Config,
+    plan: Plan,
+    engine: Engine,
+    data: RunData,
+    spectrum: Spectrum,
+    processes: Processes,
+    seed: int,
+    out: Path,
+    progress: Callable[[TrainState, int], None] | None,
+    log_every: int,
+) -> Fitted:
     torch.manual_seed(seed)
-    classes = max(train_part.classes, held_out.classes)
-    model = assemble(config, spectrum, classes)
+    model = replace(
+        assemble(config, spectrum, data.classes), names=tuple(data.source.classes), scale=data.prepare.statistics
+    )
     objective = Objective(model.schedule, config.build("levels"), config.build("weight"), spectrum.std)
     objective.check(model.denoiser)
-    cond = None if train_part.labels is None else Label(classes)(train_part.labels)
-    checkpoints, log = Checkpoints(out / "checkpoints"), out / "metrics.jsonl"
     ema, bins = EMA(model.denoiser, plan.ema_gamma), LevelBins(spectrum)
-    first = True
-    for state in train(
-        model.denoiser, train_part.x, objective, plan, cond=cond, seed=seed, checkpoints=checkpoints,
-        identity=identity, ema=ema,
-    ):  # fmt: skip
-        if first:
-            out.mkdir(parents=True, exist_ok=True)
-            replace_text(out / "config.toml", config.toml())
-            replace_text(out / "data.sha256", fingerprint + "\n")
-            _resume_log(log, state.step - 1)
-            first = False
-        bins.add(state.lam, state.mse)
-        saved = plan.every and state.step % plan.every == 0  # so that no line of the log spans a checkpoint
-        if state.step % log_every == 0 or saved or state.step == plan.steps:
-            row = {"step": state.step, "loss": state.loss, "grad_norm": state.grad_norm, "lr": state.lr}
-            with open(log, "a") as f:
-                f.write(json.dumps({**row, "bins": bins.rows()}) + "\n")
-            bins = LevelBins(spectrum)
-        if progress is not None:
-            progress(state, plan.steps)
     average = ema.average
     assert isinstance(average, Denoiser)
-    model = replace(model, denoiser=average)
-    model.save(out / "model")
-    return Fitted(model, train_part, held_out)
+    averaged, use = replace(model, denoiser=average), config.section("eval")
+    log, asked = Log(out, config, processes.main), Signals()
+    watch = Watch(averaged, data.train, data.held_out, use.n) if use.every else None
+    watching = asked if not (processes.world > 1 and engine.sharding == "fsdp") else Signals()
+
+    def look(step: int) -> None:
+        if watch is None or not (step % use.every == 0 or step == plan.steps) or log.watched(step):
+            return
+        try:
+            row = {"step": step, "eval": watch.measure(watching)}
+            if processes.main:
+                watch.picture(out / "samples" / f"step-{step:06d}.png", watching)
+            log.add(row)
+            log.draw(every=60)
+        except Left:
+            pass  # done when the run goes on
+
+    def begin(step: int) -> None:
+        log.begin(step)
+        if step:
+            look(step)
+
+    first = True
+    with asked:
+        for state in train(
+            model.denoiser, data.feed(config.section("data"), engine, seed, out / "bad.jsonl"), objective, plan,
+            seed=seed, checkpoints=Checkpoints(out / "checkpoints"), identity=_identity(config), ema=ema, engine=engine,
+            processes=processes, also={"bins": bins.sums}, asked=asked, started=begin,
+        ):  # fmt: skip
+            if first and processes.main:
+                out.mkdir(parents=True, exist_ok=True)
+                spectrum.save(out / "spectrum.safetensors")
+                replace_text(out / "config.toml", config.toml())
+                replace_text(out / "data.json", json.dumps(data.about(config.section("data"))) + "\n")
+            first = False
+            bins.add(state.lam, state.mse)
+            if state.step % log_every == 0 or state.step == plan.steps:
+                row = {"step": state.step, "loss": state.loss, "grad_norm": state.grad_norm, "lr": state.lr}
+                log.add({**row, "bins": bins.rows()})
+                bins.clear()
+            look(state.step)
+            if progress is not None:
+                progress(state, plan.steps)
+    if processes.world > 1 and engine.sharding == "fsdp":
+        whole = assemble(config, spectrum, data.classes).denoiser
+        whole.load_state_dict(weights(average))
+        averaged = replace(averaged, denoiser=whole.eval().requires_grad_(False))
+    processes.together(lambda: averaged.save(out / "model"))
+    bad = sum(len(path.read_text().splitlines()) for path in out.glob("bad*.jsonl"))
+    if bad and processes.main:
+        warnings.warn(f"{bad} sample{'s' * (bad > 1)} could not be read; see {out / 'bad.jsonl'}", stacklevel=3)
+    log.draw()
+    log.close()
+    return Fitted(averaged, data.train, data.held_out)
 
 
-@torch.no_grad()
-def loss_by_level(model: Model, data: Data, lams: Tensor, seed: int = 0, batch: int = 256) -> list[dict[str, float]]:
-    """x0 error on data at fixed levels and fixed noise (comparable between runs), beside the best linear denoiser's."""
-    eps = Noise(data.x.shape, seed)()
-    cond = None if data.labels is None else Label(model.classes)(data.labels)
-    rows = []
-    for lam in lams.double():
-        level, total = Level.at(lam, model.schedule.space), 0.0
-        for i in range(0, len(data), batch):
-            x0, part = data.x[i : i + batch], slice(i, i + batch)
-            c: Cond | None = None if cond is None else cond[part]
-            error = model.denoiser(level.diffuse(x0, eps[part]), level, c) - x0
-            total += float(error.square().sum())
-        linear = float(model.spectrum.linear_loss(level))
-        rows.append({"lam": float(lam), "mse": total / data.x.numel(), "linear": linear})
-    return rows
+def largest_batch(config: Config, spectrum: Spectrum, classes: int, device: torch.device, most: int = 4096) -> int:
+    """The batch, a power of two from 16 on, after which doubling brings under 10 % more samples a second, or memory
+    runs out: measured by some steps of the configured network on noise."""
+    model = assemble(config, spectrum, classes).denoiser.to(device)
+    objective = Objective(config.build("schedule"), config.build("levels"), config.build("weight"), spectrum.std)
+    best, speed, precision = 16, 0.0, config.section("train").precision
+    for b in (2**k for k in range(4, most.bit_length())):
+        gradient = Gradient(model, objective, precision, Engine(micro=b), Processes(device=device), 0)
+        x, cond = torch.randn(2, b, *spectrum.shape, device=device), None
+        if classes:
+            cond = Label(classes)(torch.zeros(b, dtype=torch.long)).to(device)
+        times = []
+        try:
+            for step in range(1, 5):
+                started = time.perf_counter()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error", UserWarning)  # of memory that runs out
+                    float(gradient(x[0], x[1], objective.draw(b, 0, step), cond, torch.arange(b)).loss.sum())
+                times.append(time.perf_counter() - started)
+        except UserWarning:
+            break
+        except (InputError, RuntimeError) as error:
+            if isinstance(error, InputError) or out_of_memory(error):
+                break
+            raise
+        now = b / min(times)
+        if now < 1.1 * speed:
+            break
+        best, speed = b, now
+    return best

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from undiffuse.cond import Cond, Label
 from undiffuse.config import Config
+from undiffuse.data import Statistics
 from undiffuse.denoise import Denoiser
 from undiffuse.grid import Grid
 from undiffuse.guide import CFG, Guidance
@@ -27,14 +28,16 @@ from undiffuse.types import InputError
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A denoiser (averaged weights, eval mode), the schedule it was trained on, its classes (0: none), the shape of a
-    sample, the data's spectrum and its configuration."""
+    """A denoiser (averaged weights, eval mode), the schedule it was trained on, its number of classes (0: none), the
+    data's spectrum, its configuration, the classes' `names`, and the channels' `scale` where data were normalised."""
 
     denoiser: Denoiser
     schedule: Schedule
     classes: int
     spectrum: Spectrum
     config: Config
+    names: tuple[str, ...] = ()
+    scale: Statistics | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,17 +45,37 @@ class Model:
         return self.spectrum.shape
 
     @property
+    def device(self) -> torch.device:
+        """Where the denoiser's parameters are; the CPU for one without any."""
+        first = next(self.denoiser.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
+
+    @property
     def parameters(self) -> int:
         """The number of the network's parameters."""
         return sum(p.numel() for p in self.denoiser.parameters())
 
-    def cond(self, label: int | Sequence[int] | Tensor | None, n: int) -> Cond | None:
-        """The condition of n samples: one label for all, or n labels; InputError if out of range or not n."""
+    def number(self, name: str) -> int:
+        """The label of a class by its name or number; InputError names the classes."""
+        if name in self.names:
+            return self.names.index(name)
+        try:
+            return int(name)
+        except ValueError as error:
+            known = f"the classes {', '.join(self.names)}" if self.names else "numbers only"
+            raise InputError(f"no class is named {name!r}: this model knows {known}") from error
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Samples of the denoiser in the data's own range."""
+        return x if self.scale is None else self.scale.restore(x)
+
+    def cond(self, label: int | str | Sequence[int] | Tensor | None, n: int) -> Cond | None:
+        """The condition of n samples: one label (or class name) for all, or n labels; InputError if there is none."""
         if label is None:
             return None
         if not self.classes:
             raise InputError("this model was trained without labels: leave `label` out")
-        labels = torch.as_tensor(label)
+        labels = torch.as_tensor(self.number(label) if isinstance(label, str) else label)
         labels = labels.expand(n) if labels.ndim == 0 else labels
         if labels.shape != (n,):
             raise InputError(f"{len(labels)} labels for {n} samples: give one label, or one a sample")
@@ -61,7 +84,7 @@ class Model:
     def sample(
         self,
         n: int | None = None,
-        label: int | Sequence[int] | Tensor | None = None,
+        label: int | str | Sequence[int] | Tensor | None = None,
         *,
         steps: int | None = None,
         solver: Solver | None = None,
@@ -83,7 +106,7 @@ class Model:
         cond = self.cond(label, n)
         if guidance is None:
             guidance = 1.0 if cond is None else self.config.build("guidance")
-        return sample(
+        x = sample(
             self.denoiser,
             (n, *self.shape),
             schedule or self.schedule,
@@ -97,8 +120,9 @@ class Model:
             batch=use.batch if batch is None else batch,
             rows=use.rows if rows is None else rows,
             progress=progress,
-            device=next(self.denoiser.parameters()).device,
+            device=self.device,
         )
+        return self.restore(x)
 
     def bind(self, label: int | Sequence[int] | Tensor | None, n: int, w: float = 1.0) -> Any:
         """The denoiser for n samples with label and guidance bound: what `trajectory` and `Tableau.run` take."""
@@ -110,7 +134,9 @@ class Model:
 
         def write(aside: Path) -> None:
             (aside / "config.toml").write_text(self.config.toml())
-            (aside / "model.json").write_text(json.dumps({"classes": self.classes, "shape": self.shape}))
+            about = {"classes": self.classes, "shape": self.shape, "names": self.names}
+            scale = {} if self.scale is None else {"scale": json.loads(self.scale.to_json())}
+            (aside / "model.json").write_text(json.dumps({**about, **scale}))
             save_file(weights(self.denoiser), aside / f"ema-{self.config.values['train']['ema_gamma']}.safetensors")
             self.spectrum.save(aside / "spectrum.safetensors")
 
@@ -131,7 +157,9 @@ class Model:
             config = Config.resolve(Config.read(folder / "config.toml"))
             about = json.loads((folder / "model.json").read_text())
             spectrum = Spectrum.load(folder / "spectrum.safetensors")
+            scale = Statistics.from_json(json.dumps(about["scale"])) if "scale" in about else None
             model = assemble(config, spectrum, int(about["classes"]))
+            model = replace(model, names=tuple(str(name) for name in about.get("names", ())), scale=scale)
             (average,) = folder.glob("ema-*.safetensors")
             load_weights(model.denoiser, average)
         except InputError:

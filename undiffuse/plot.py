@@ -67,15 +67,16 @@ def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 90, 
     )
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # not pyplot, which would change the caller's backend
 
     figure = Figure(figsize=(width, height), dpi=150)
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
+    axes = figure.subplots(rows, columns)
+    for at in np.atleast_1d(np.asarray(axes, object)).flat:
+        at.spines[["top", "right"]].set_visible(False)
+        at.tick_params(colors=INK, labelsize=9)
+        at.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        at.set_axisbelow(True)
     return figure, axes
 
 
@@ -116,6 +117,61 @@ def plot_distances(table: dict[str, dict[int, float]], floor: float, label: str,
     axes.set_ylabel(label, fontsize=9)
     axes.legend(frameon=False, fontsize=9)
     _save(figure, path)
+
+
+def plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """A run's log as four curves: loss, gradient norm, held-out error per lam relative to the best linear denoiser, and
+    distances to held-out data with their real-against-real floor."""
+    figure, axes = _figure(9.6, 6.0, 2, 2)
+    logged = [r for r in rows if "loss" in r]
+    steps = [r["step"] for r in logged]
+    for at, key, label in ((axes[0, 0], "loss", "weighted loss"), (axes[0, 1], "grad_norm", "gradient norm")):
+        values = [math.nan if r[key] is None else r[key] for r in logged]
+        at.plot(steps, values, color=MUTED, linewidth=0.8, alpha=0.7)
+        at.plot(steps, _smooth(values), color=ACCENT, linewidth=2)
+        at.set_ylabel(label, fontsize=9)
+        if values and np.nanmin(values) > 0:
+            at.set_yscale("log")
+    seen = [r for r in rows if "eval" in r]
+    _curves_of_levels(axes[1, 0], seen)
+    _curves_of_distances(axes[1, 1], seen)
+    for at in axes.flat:
+        at.set_xlabel("step", fontsize=9)
+    _save(figure, path)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """The running median of up to nine values: a spike stays a spike in the thin line alone."""
+    return [float(np.nanmedian(values[max(0, i - 4) : i + 5])) for i in range(len(values))]
+
+
+def _curves_of_levels(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    axes.axhline(1, color=MUTED, linewidth=1, linestyle="--")
+    axes.set_ylabel("held-out error / best linear", fontsize=9)
+    lams = [b["lam"] for b in rows[0]["eval"]["levels"]] if rows else []
+    for i, (lam, color) in enumerate(zip(lams, itertools.cycle(PALETTE), strict=False)):
+        levels = [r["eval"]["levels"][i] for r in rows]
+        axes.plot([r["step"] for r in rows], [b["mse"] / b["linear"] for b in levels], color=color, marker=".",
+                  linewidth=1.5, label=f"lam {lam:+g}")  # fmt: skip
+    axes.set_ylim(bottom=0)
+    if lams:
+        axes.legend(frameon=False, fontsize=8, ncols=2)
+
+
+def _curves_of_distances(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    axes.set_ylabel("Fréchet distance", fontsize=9)
+    if rows:
+        steps = [r["step"] for r in rows]
+        axes.plot(steps, [r["eval"]["frechet"] for r in rows], color=ACCENT, marker=".", linewidth=2, label="samples")
+        axes.axhline(rows[-1]["eval"]["frechet_floor"], color=MUTED, linewidth=1, linestyle="--",
+                     label="real against real")  # fmt: skip
+        copies = axes.twinx()
+        copies.plot(steps, [r["eval"]["nearest_ratio"] for r in rows], color=PALETTE[1], marker=".", linewidth=1.5)
+        copies.set_ylabel("nearest-neighbour ratio (below 1: copies)", fontsize=8, color=PALETTE[1])
+        copies.set_ylim(0, 1.5)
+        copies.spines[["top"]].set_visible(False)
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=8)
 
 
 def data_uri(path: Path) -> str:

@@ -3,22 +3,39 @@
 from undiffuse.train.bins import LevelBins
 from undiffuse.train.checkpoint import Checkpoints, commit, is_sound, load_weights, replace_text, verify, weights
 from undiffuse.train.ema import EMA
-from undiffuse.train.loop import NonFinite, Plan, TrainState, same_settings, train
+from undiffuse.train.feed import Feed, Rows
+from undiffuse.train.gradient import Gradient, out_of_memory
+from undiffuse.train.loop import NonFinite, TrainState, train
 from undiffuse.train.objective import LEVELS, WEIGHTS, Objective
+from undiffuse.train.plan import Engine, Plan, same_settings
+from undiffuse.train.processes import Lost, Processes
+from undiffuse.train.stop import Preempted, Signals
+from undiffuse.train.track import Tracker, read_log
 
 __all__ = [
     "EMA",
     "LEVELS",
     "WEIGHTS",
     "Checkpoints",
+    "Engine",
+    "Feed",
+    "Gradient",
     "LevelBins",
+    "Lost",
     "NonFinite",
     "Objective",
     "Plan",
+    "Preempted",
+    "Processes",
+    "Rows",
+    "Signals",
+    "Tracker",
     "TrainState",
     "commit",
     "is_sound",
     "load_weights",
+    "out_of_memory",
+    "read_log",
     "replace_text",
     "same_settings",
     "train",

@@ -28,6 +28,10 @@ class LevelBins:
         rows = torch.stack([torch.ones_like(lam), mse.double(), self.spectrum.linear_loss(Level.at(lam))])
         self.sums.index_add_(1, index, rows)
 
+    def clear(self) -> None:
+        """Start anew, in place."""
+        self.sums.zero_()
+
     def rows(self) -> list[dict[str, float]]:
         """One row a non-empty bin: `lam` of its middle, `count`, `mse`, `linear`."""
         middle = (self.edges[1:] + self.edges[:-1]) / 2

@@ -187,16 +187,38 @@ def is_sound(folder: Path) -> bool:
     return True
 
 
+def is_shard(value: Tensor) -> bool:
+    """Whether this process holds a part of the tensor only (FSDP2's DTensor, whose import takes most of a second)."""
+    return hasattr(value, "full_tensor")
+
+
+def whole(value: Tensor) -> Tensor:
+    """The full tensor on the CPU, gathered from all processes where this one holds a shard of it."""
+    full: Tensor = value.full_tensor() if is_shard(value) else value  # type: ignore[attr-defined]
+    return full.detach().cpu()
+
+
+def whole_like(full: Tensor, shard: Tensor) -> Tensor:
+    """`full` as `shard` is: on its device, and this process's part of it where that is a shard."""
+    full = full.to(shard.device)
+    if not is_shard(shard):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full, shard.device_mesh, shard.placements)  # type: ignore[attr-defined]
+
+
 def weights(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module for safetensors: own copies, under the names that it has without `torch.compile`."""
-    return {k.replace("_orig_mod.", ""): v.detach().clone().contiguous() for k, v in module.state_dict().items()}
+    """The state of a module for safetensors: own copies, whole, under the names that it has without `torch.compile`."""
+    return {k.replace("_orig_mod.", ""): whole(v).clone().contiguous() for k, v in module.state_dict().items()}
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Load what `weights` gave, compiled or not; raises RuntimeError where names or shapes differ."""
-    stored = load_file(path)
-    names = {k.replace("_orig_mod.", ""): k for k in module.state_dict()}
-    module.load_state_dict({names.get(k, k): v for k, v in stored.items()})
+    """Load what `weights` gave, compiled, sharded or not; raises RuntimeError where names or shapes differ."""
+    stored, own = load_file(path), module.state_dict()
+    names = {k.replace("_orig_mod.", ""): k for k in own}
+    state = {names.get(k, k): v for k, v in stored.items()}
+    module.load_state_dict({k: whole_like(v, own[k]) if k in own else v for k, v in state.items()})
 
 
 class Checkpoints:

@@ -7,7 +7,13 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from undiffuse.train.checkpoint import is_shard
 from undiffuse.types import InputError
+
+
+def _own(p: Tensor) -> Tensor:
+    """What this process holds of a parameter: all of it, or its shard."""
+    return p.detach().to_local() if is_shard(p) else p.detach()  # type: ignore[attr-defined]
 
 
 class EMA:
@@ -30,7 +36,7 @@ class EMA:
     @torch.no_grad()
     def update(self, t: int) -> None:
         """Take in the weights after optimiser step t (1, 2, ...)."""
-        averages: list[Tensor] = list(self.average.parameters())
-        torch._foreach_lerp_(averages, [p.detach() for p in self.module.parameters()], 1 - self.beta(t))
+        averages, newest = ([_own(p) for p in m.parameters()] for m in (self.average, self.module))
+        torch._foreach_lerp_(averages, newest, 1 - self.beta(t))
         for mine, theirs in zip(self.average.buffers(), self.module.buffers(), strict=True):
             mine.copy_(theirs)

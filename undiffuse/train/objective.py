@@ -13,6 +13,7 @@ from undiffuse.denoise import Denoiser
 from undiffuse.level import Level
 from undiffuse.precond import loss_weight, target
 from undiffuse.schedule import Discrete, Schedule
+from undiffuse.seeds import seed_of, uniform
 from undiffuse.types import InputError
 
 
@@ -108,11 +109,11 @@ class Objective:
         if model.learned_variance:
             raise InputError("this objective trains the mean alone: build the network with learned_variance = false")
 
-    def draw(self, b: int, generator: torch.Generator | None = None) -> Level:
-        """b training levels, (b,) each."""
-        u = torch.rand(b, generator=generator, dtype=torch.float64)
+    def draw(self, b: int, seed: int = 0, step: int = 1) -> Level:
+        """The levels (b,) of a step's b samples: a function of (seed, step)."""
+        u = uniform(seed_of(seed, 4), torch.arange((step - 1) * b, step * b))
         if self.stratified:
-            u = (torch.randperm(b, generator=generator) + u) / b
+            u = (torch.randperm(b, generator=torch.Generator().manual_seed(seed_of(seed, 5, step))) + u) / b
         return self.levels(u.clamp(1e-9, 1 - 1e-9), self.schedule)
 
     def __call__(self, model: Denoiser, x0: Tensor, eps: Tensor, level: Level, cond: Any = None) -> Loss:

@@ -1,0 +1,99 @@
+"""What is computed (`Plan`), how the work is done (`Engine`), and whether two runs are the same."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from undiffuse.types import InputError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast.
+
+    `steps` of `batch` samples, over all processes ("auto": measured once, see `fit`); AdamW's peak rate `lr` after
+    `warmup` steps, falling as a cosine to zero over the last `decay` of the run; gradients clipped to norm `clip`;
+    `cond_dropout` is the share of samples trained without their condition; a checkpoint every `every` steps (0: none).
+    With `precision` bf16 or fp16 the network's matrix products and convolutions are in that precision, while weights,
+    levels, the network's time input and the loss stay in float32. Raises InputError for impossible values.
+    """
+
+    steps: int = 1500
+    batch: int | Literal["auto"] = 64
+    lr: float = 2e-3
+    warmup: int = 100
+    decay: float = 0.3
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema_gamma: float = 6.94
+    cond_dropout: float = 0.15
+    every: int = 500
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name, ok in {
+            "steps": self.steps >= 1,
+            "batch": self.batch == "auto" or (isinstance(self.batch, int) and self.batch >= 1),
+            "lr": self.lr > 0,
+            "warmup": self.warmup >= 0,
+            "decay": 0 <= self.decay <= 1,
+            "weight_decay": self.weight_decay >= 0,
+            "clip": self.clip > 0,
+            "ema_gamma": self.ema_gamma >= 0,
+            "cond_dropout": 0 <= self.cond_dropout <= 1,
+            "every": self.every >= 0,
+            "precision": self.precision in ("float32", "bf16", "fp16"),
+        }.items():
+            if not ok:
+                raise InputError(f"train.{name} = {getattr(self, name)} is out of range: see `undiffuse info config`")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step 1, 2, ..., steps."""
+        left = (self.steps + 1 - step) / (self.decay * self.steps) if self.decay else 1.0
+        return self.lr * min(1.0, step / max(1, self.warmup)) * (0.5 - 0.5 * math.cos(math.pi * min(1.0, left)))
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the work is done; all of it may change when a run goes on.
+
+    `device` is auto (cuda where there is one), cpu or cuda. Several processes keep whole copies of the network ("ddp")
+    or shards of it ("fsdp", PyTorch's FSDP2). `micro` bounds the rows of a network call (0: as many as fit), `compile`
+    uses torch.compile, `recompute` computes activations again in the backward pass instead of keeping them, and
+    `workers` processes read the data (0: the training process itself).
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    micro: int = 0
+    compile: bool = False
+    recompute: bool = False
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("micro", "workers"):
+            if getattr(self, name) < 0:
+                raise InputError(f"engine.{name} must be >= 0, got {getattr(self, name)}")
+        for name, known in {"device": ("auto", "cpu", "cuda"), "sharding": ("ddp", "fsdp")}.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"engine.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def same_settings(was: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """InputError naming the settings in which a run differs from the one that `folder` belongs to."""
+    a, b = _flat(was), _flat(now)
+    differ = [f"{k} was {a.get(k)!r}, is {b.get(k)!r}" for k in {**a, **b} if a.get(k) != b.get(k)]
+    if differ:
+        raise InputError(
+            f"{folder} belongs to a run with other settings: {'; '.join(differ)}. Give another `out` or delete that run"
+        )

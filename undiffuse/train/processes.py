@@ -1,0 +1,137 @@
+"""The processes of a run: one alone, or those that `accelerate launch` or `torchrun` started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from undiffuse.types import InputError
+
+
+class Lost(RuntimeError):
+    """Another process of the run ended: start the run again, it goes on from the newest checkpoint."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's number `rank` among `world`, and its device."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (a device is immutable)
+
+    @staticmethod
+    def start(device: str = "auto") -> Processes:
+        """Join the group that the environment names (RANK, WORLD_SIZE), on the CPU by gloo, else by nccl; or be alone.
+
+        `device` is auto, cpu or cuda; InputError for cuda where there is none.
+        """
+        if device == "cuda" and not torch.cuda.is_available():
+            raise InputError("engine.device=cuda: PyTorch finds no CUDA device here; use engine.device=cpu or auto")
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            use = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
+            return Processes(device=torch.device(use))
+        from accelerate import PartialState
+
+        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(minutes=30))
+        where = torch.device("cpu") if state.device.type == "cpu" else state.device
+        return Processes(state.process_index, state.num_processes, where)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files and speaks."""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def _talking(self) -> Any:
+        try:
+            yield
+        except RuntimeError as error:  # gloo raises nothing more particular
+            if not any(word in str(error).lower() for word in ("gloo", "nccl", "connection", "socket")):
+                raise
+            raise Lost(f"another process of this run ended, or cannot be reached: {str(error).splitlines()[0]}") from (
+                error
+            )
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows (b, ...) of all processes, where process r has rows r, r + world, ... of the whole batch."""
+        if self.world == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.world)]
+        with self._talking():
+            dist.all_gather(parts, rows.contiguous())
+        return torch.stack(parts, 1).flatten(0, 1)
+
+    def least(self, number: int) -> int:
+        """The smallest of all processes' numbers."""
+        if self.world == 1:
+            return number
+        value = torch.tensor(number, device=self.device)
+        with self._talking():
+            dist.all_reduce(value, dist.ReduceOp.MIN)
+        return int(value)
+
+    def together(self, work: Callable[[], None]) -> None:
+        """Do `work` in the main process while the others wait; if it fails there, everybody fails."""
+        error: BaseException | None = None
+        if self.main:
+            try:
+                work()
+            except BaseException as raised:
+                error = raised
+        failed = self.least(0 if error else 1) == 0
+        if error is not None:
+            raise error
+        if failed:
+            raise Lost("the main process of this run failed; its message says why")
+
+    def share(self, make: Callable[[], Any]) -> Any:
+        """What `make` gives in the main process, in all of them; its failure fails everybody."""
+        box: list[Any] = [None]
+
+        def fill() -> None:
+            box[0] = make()
+
+        self.together(fill)
+        if self.world > 1:
+            with self._talking():
+                dist.broadcast_object_list(box, 0)
+        return box[0]
+
+    def end(self) -> None:
+        """Leave the group, once all is done."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def spread(self, module: nn.Module, sharding: str) -> nn.Module:
+        """The module for this group: itself, DistributedDataParallel, or sharded in place by FSDP2."""
+        if self.world == 1:
+            return module
+        if sharding == "fsdp":
+            shard(module, self)
+            return module
+        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def parts(module: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a network, those in its ModuleLists: what is sharded or recomputed as one."""
+    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
+    return [part for many in lists for part in many if next(part.parameters(), None) is not None]
+
+
+def shard(module: nn.Module, processes: Processes) -> None:
+    """Shard parameters in place over the group (FSDP2): each part by itself, then the rest."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(processes.device.type, (processes.world,))
+    for part in [*parts(module), module]:
+        fully_shard(part, mesh=mesh)
