@@ -773,11 +773,13 @@ def report(
     text = f"{n} kills of back-to-back saves of 3 MB (model and AdamW), two kept. Bounds: 95 %.\n\n"
     text += table(header, kills) + "\n\n"
     text += "Failures of `undiffuse train`: not bit-equal to a run without a kill. accelerate: `save_state` as in "
-    text += "diffusers' example trainers, newest by name; inexact: it loads, parts missing, without a word.\n\n"
+    text += "diffusers' example trainers, newest by name; inexact: it loads, parts missing, without a word. "
+    text += "Shares are of kills during back-to-back saves: a run that trains between them is hit more rarely.\n\n"
     text += table(["damage to the newest", "tried", "found", "file named", "fell back to the one before"],
                   damage_rows(damaged)) + "\n\n"  # fmt: skip
+    text += "With a damaged manifest the file named may be one that it lists.\n\n"
     text += "Power cuts: after every operation of five saves, un-flushed effects dropped in every combination "
-    text += "(contents also halved or zeros), reordered renames among them.\n\n"
+    text += "(contents also halved or zeros, renames reordered); of too many, the extremes and a sample.\n\n"
     rows = [
         [way, f"{c.moments} ({c.complete} in full)", f"{c.cuts:,}", f"{c.states:,}", str(len(c.bad))]
         for way, c in cuts.items()
