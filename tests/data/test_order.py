@@ -121,6 +121,13 @@ def test_a_reader_needs_few_shards_at_hand(window):
         assert len(set(shards[:10].tolist())) > 1
 
 
+def test_every_epoch_has_its_own_order_of_shards_and_of_samples():
+    one = stream(Windowed((20,), 0, 1), 60, 20).view(3, 20)
+    many = shard_of((1,) * 20, stream(Windowed((1,) * 20, 0, 1), 60, 20)).view(3, 20)
+    for epochs in (one, many):
+        assert len({tuple(e.tolist()) for e in epochs}) == 3
+
+
 @pytest.mark.parametrize(("lanes", "world"), [(4, 2), (4, 4), (2, 2), (6, 3)])
 def test_each_process_reads_shards_of_its_own(lanes, world):
     counts = (10, 12, 7, 9, 10, 11, 8, 10, 13, 6, 10, 10)

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import pickle
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -303,6 +304,15 @@ def test_shards_are_fetched_once_while_they_fit(shards, server, tmp_path):
             assert values(open_source(name, cache=tmp_path / "cache")) == list(range(40))
     assert len(asked) == 4
     assert held(tmp_path / "cache")[0] == 8
+
+
+def test_the_least_recently_used_shard_goes_first(shards, server, tmp_path):
+    address, asked = server
+    cache = Cache(tmp_path / "cache", 2 * (shards / "part-00.tar").stat().st_size)
+    for k in (0, 1, 0, 2, 0, 1):
+        cache.open(f"{address}/part-0{k}.tar").close()
+        time.sleep(0.02)
+    assert asked == [f"/part-0{k}.tar" for k in (0, 1, 2, 1)]
 
 
 def test_shards_that_cannot_be_fetched_are_said(server, tmp_path, monkeypatch):
