@@ -133,15 +133,16 @@ def _fit(
     averaged, use = replace(model, denoiser=average), config.section("eval")
     log, asked = Log(out, config, processes.main), Signals()
     watch = Watch(averaged, data.train, data.held_out, use.n) if use.every else None
-    watching = asked if not (processes.world > 1 and engine.sharding == "fsdp") else Signals()
+    sharded = processes.world > 1 and engine.sharding == "fsdp"
+    watching = Signals() if sharded else asked  # none may leave while others gather
 
     def look(step: int) -> None:
         if watch is None or not (step % use.every == 0 or step == plan.steps) or log.watched(step):
             return
         try:
             row = {"step": step, "eval": watch.measure(watching)}
-            if processes.main:
-                watch.picture(out / "samples" / f"step-{step:06d}.png", watching)
+            if processes.main or sharded:  # shards are gathered by all
+                watch.picture(out / "samples" / f"step-{step:06d}.png" if processes.main else None, watching)
             log.add(row)
             log.draw(every=60)
         except Left:
@@ -173,7 +174,7 @@ def _fit(
             look(state.step)
             if progress is not None:
                 progress(state, plan.steps)
-    if processes.world > 1 and engine.sharding == "fsdp":
+    if sharded:
         whole = assemble(config, spectrum, data.classes).denoiser
         whole.load_state_dict(weights(average))
         averaged = replace(averaged, denoiser=whole.eval().requires_grad_(False))

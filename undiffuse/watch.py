@@ -88,8 +88,9 @@ class Watch:
             "levels": loss_by_level(self.model, self.levels, LAMS),
         }
 
-    def picture(self, path: Path, asked: Callable[[], int] = lambda: 0) -> None:
-        """A grid of samples with the run's own settings, class by class; nothing for data that are no images."""
+    def picture(self, path: Path | None, asked: Callable[[], int] = lambda: 0) -> None:
+        """Write a grid of samples with the run's own settings, class by class; nothing for data that are no images, nor
+        where `path` is None."""
         if len(self.model.shape) != 3:
             return
 
@@ -99,5 +100,7 @@ class Watch:
 
         labels = torch.arange(PICTURES) % self.model.classes if self.model.classes else None
         x = self.model.sample(PICTURES, labels, seed=2, progress=leave)
+        if path is None:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         plot.save_png(x, path, columns=self.model.classes if 1 < self.model.classes <= 16 else 8)

@@ -12,7 +12,7 @@ class TimeEmbedding(nn.Module):
     """time (b,) -> (b, dim): sines and cosines with `width` / 2 periods in geometric steps, then two linear layers.
 
     Periods run from 0.1 to 40, which resolves -lam / 4 in [-3, 3]; for integer timesteps give e.g. (6, 6e4).
-    Sines and cosines are computed in float32 whatever the precision around them.
+    Sines and cosines are computed in float32 whatever the precision around them, the layers too under autocast.
     """
 
     def __init__(self, width: int, dim: int, periods: tuple[float, float] = (0.1, 40.0)) -> None:
@@ -27,5 +27,6 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time: Tensor) -> Tensor:
         angle = time.float()[:, None] * self.frequencies(time.device).float()
-        out: Tensor = self.mlp(torch.cat([angle.cos(), angle.sin()], 1).to(next(self.mlp.parameters()).dtype))
+        with torch.autocast(time.device.type, enabled=False):
+            out: Tensor = self.mlp(torch.cat([angle.cos(), angle.sin()], 1).to(next(self.mlp.parameters()).dtype))
         return out

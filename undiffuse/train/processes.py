@@ -134,4 +134,4 @@ def shard(module: nn.Module, processes: Processes) -> None:
 
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     for part in [*parts(module), module]:
-        fully_shard(part, mesh=mesh)
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)  # the whole too, or sampling would leave it gathered
