@@ -84,6 +84,9 @@ class UNet(nn.Module):
                 self.up.append(Up(dims, c))
         self.norm = group_norm(c)
         self.head = zero(conv(c, inside * (1 + learned_variance), 3, padding=1))
+        # channels last in memory: a training step is 1.1 (float32) to 1.4 (bf16) times as fast on CPUs
+        self.layout = torch.channels_last if dims == 2 else torch.contiguous_format
+        self.to(memory_format=self.layout)  # type: ignore[call-overload]
 
     def _embed(self, time: Tensor, cond: Any) -> Tensor:
         emb: Tensor = self.time(time)
@@ -112,7 +115,7 @@ class UNet(nn.Module):
         margins = [-side % self.multiple for side in size]
         if any(margins):  # torch lists the last side first
             x = pad(x, [m for side in reversed(margins) for m in (side // 2, side - side // 2)], mode="replicate")
-        h = self.stem(unshuffle(x, self.patch) if self.patch > 1 else x)
+        h = self.stem(unshuffle(x, self.patch) if self.patch > 1 else x).contiguous(memory_format=self.layout)
         skips = [h]
         for layer in self.down:
             h = layer(h, emb)
@@ -126,4 +129,4 @@ class UNet(nn.Module):
             out = shuffle(out, self.patch)
         for axis, (m, side) in enumerate(zip(margins, size, strict=True), 2):
             out = out.narrow(axis, m // 2, side)
-        return out
+        return out.contiguous()

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -199,10 +200,10 @@ def whole(value: Tensor) -> Tensor:
 
 
 def whole_like(full: Tensor, shard: Tensor) -> Tensor:
-    """`full` as `shard` is: on its device, and this process's part of it where that is a shard."""
-    full = full.to(shard.device)
+    """`full` as `shard` is: on its device, in its layout, and this process's part of it where that is a shard."""
     if not is_shard(shard):
-        return full
+        return torch.empty_like(shard, dtype=full.dtype).copy_(full)  # in its memory layout
+    full = full.to(shard.device)
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(full, shard.device_mesh, shard.placements)  # type: ignore[attr-defined]

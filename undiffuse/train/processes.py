@@ -132,6 +132,7 @@ def shard(module: nn.Module, processes: Processes) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # all that fully_shard takes
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     for part in [*parts(module), module]:
         fully_shard(part, mesh=mesh, reshard_after_forward=True)  # the whole too, or sampling would leave it gathered
