@@ -12,7 +12,7 @@ import faults
 
 from undiffuse.train import Checkpoints, checkpoint
 
-flush, put = checkpoint._flush, checkpoint._put
+flush, put = checkpoint.flush, checkpoint._put
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["a new step each", "each step twice"])
@@ -30,7 +30,7 @@ def test_every_damage_is_found_named_and_passed_over(tmp_path):
 
 
 def test_damages_find_a_check_of_sizes_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_hash", lambda path: "0" * 64)
+    monkeypatch.setattr(checkpoint, "sha256", lambda path: "0" * 64)
     results = faults.damage(tmp_path, share=0.03)
     assert results["truncated"].found == results["truncated"].asked
     assert 0 < results["one bit flipped"].found < results["one bit flipped"].asked
@@ -58,7 +58,7 @@ def test_a_power_cut_between_two_renames_loses_nothing(tmp_path, monkeypatch):
 
 def without_flush(*suffixes):
     """A commit that leaves out some of its flushes."""
-    return {"_flush": lambda path: None if path.name.endswith(suffixes) else flush(path)}
+    return {"flush": lambda path: None if path.name.endswith(suffixes) else flush(path)}
 
 
 def delete_before_rename(aside, folder, old):
@@ -72,7 +72,7 @@ def rename_before_flush(folder, write):
     folder.mkdir(parents=True, exist_ok=True)
     write(folder)
     files = sorted(p for p in folder.iterdir() if p.name != checkpoint.MANIFEST)
-    manifest = {p.name: {"bytes": p.stat().st_size, "sha256": checkpoint._hash(p)} for p in files}
+    manifest = {p.name: {"bytes": p.stat().st_size, "sha256": checkpoint.sha256(p)} for p in files}
     for path in (folder / checkpoint.MANIFEST, *files, folder, folder.parent):
         if path.name == checkpoint.MANIFEST:
             path.write_text(json.dumps(manifest))

@@ -1,7 +1,8 @@
 """Training: the objective, the loop, the average of the weights, checkpoints."""
 
 from undiffuse.train.bins import LevelBins
-from undiffuse.train.checkpoint import Checkpoints, commit, is_sound, load_weights, replace_text, verify, weights
+from undiffuse.train.checkpoint import Checkpoints, commit, is_sound, load_weights, verify, weights
+from undiffuse.train.durable import replace_bytes, replace_text, sha256
 from undiffuse.train.ema import EMA
 from undiffuse.train.feed import Feed, Rows
 from undiffuse.train.gradient import Gradient, out_of_memory
@@ -36,8 +37,10 @@ __all__ = [
     "load_weights",
     "out_of_memory",
     "read_log",
+    "replace_bytes",
     "replace_text",
     "same_settings",
+    "sha256",
     "train",
     "verify",
     "weights",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import json
 import os
 import re
@@ -18,41 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from undiffuse.train.durable import alive, flush, sha256
 from undiffuse.types import InputError
 
 MANIFEST = "manifest.json"
 _STEP = r"step-\d+"
-
-
-def _alive(process: int) -> bool:
-    if process == os.getpid():  # in a container every run may have this number: nothing of ours is aside between saves
-        return False
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_text(text)
-        _flush(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @functools.cache  # once per process: what it made durable stays so
@@ -60,7 +29,7 @@ def _anchor(folder: Path) -> None:
     """Make the way to `folder` durable: whoever made its parents may not have flushed their names."""
     for path in folder.parents:
         with contextlib.suppress(OSError):  # a parent that we may not read was not made by this run
-            _flush(path)
+            flush(path)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -91,7 +60,7 @@ def _left(parent: Path, name: str) -> list[re.Match[str]]:
     """What killed processes of this machine left aside in `parent`: name, process, kind; `name` is a pattern."""
     pattern = re.compile(rf"\.({name})\.(\d+)\.(tmp|old)")
     found = [pattern.fullmatch(path.name) for path in parent.glob(".*")] if parent.is_dir() else []
-    return [match for match in found if match and not _alive(int(match[2]))]
+    return [match for match in found if match and not alive(int(match[2]))]
 
 
 def _restore(parent: Path, name: str) -> None:
@@ -100,7 +69,7 @@ def _restore(parent: Path, name: str) -> None:
         if match[3] == "old" and not (parent / match[1]).exists():
             with contextlib.suppress(OSError):  # a reader may not be allowed to, or another process was faster
                 (parent / match[0]).rename(parent / match[1])
-                _flush(parent)
+                flush(parent)
 
 
 def _sweep(parent: Path, name: str) -> None:
@@ -108,11 +77,6 @@ def _sweep(parent: Path, name: str) -> None:
     _restore(parent, name)
     for match in _left(parent, name):
         shutil.rmtree(parent / match[0], ignore_errors=True)
-
-
-def _hash(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def commit(folder: Path, write: Callable[[Path], None]) -> None:
@@ -135,17 +99,17 @@ def commit(folder: Path, write: Callable[[Path], None]) -> None:
             raise
         files = sorted(p for p in aside.rglob("*") if p.is_file())
         for path in files:
-            _flush(path)
-        manifest = {p.relative_to(aside).as_posix(): {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in files}
+            flush(path)
+        manifest = {p.relative_to(aside).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _flush(aside / MANIFEST)
+        flush(aside / MANIFEST)
         for path in [*(p for p in aside.rglob("*") if p.is_dir()), aside]:
-            _flush(path)
+            flush(path)
         _put(aside, folder, old)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    _flush(folder.parent)
+    flush(folder.parent)
     for path in (aside, old):  # only now is the new name durable
         shutil.rmtree(path, ignore_errors=True)
 
@@ -175,7 +139,7 @@ def _check(folder: Path, name: str, size: int, digest: str) -> None:
         raise InputError(f"{path} is missing, though {MANIFEST} lists it")
     if path.stat().st_size != size:
         raise InputError(f"{path} is truncated or changed: {path.stat().st_size} bytes, {size} expected")
-    if _hash(path) != digest:
+    if sha256(path) != digest:
         raise InputError(f"{path} was changed: its SHA-256 is not the one in {MANIFEST}")
 
 
