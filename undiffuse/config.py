@@ -66,8 +66,8 @@ class DataConfig:
     are); `crop` is center or random, `flip` mirrors every second one, and `buckets` are aspect ratios that are kept
     instead of cropped to a square. `normalize` is range (bytes to [-1, 1], floats as they are) or channels (by each
     channel's measured mean and std). The job stops when more than `bad_share` of the samples cannot be read. Decoded
-    samples of up to `cache_mb` megabytes stay in memory. Shards: samples are mixed within `window` shards, in `lanes`
-    streams that processes can read apart.
+    samples of up to `memory_mb` megabytes stay in memory. Shards: samples are mixed within `window` shards, in `lanes`
+    streams that processes can read apart; fetched ones pass through the folder `cache` of at most `cache_gb` gigabytes.
     """
 
     name: str = "digits"
@@ -79,9 +79,11 @@ class DataConfig:
     buckets: tuple[float, ...] = ()
     normalize: Literal["range", "channels"] = "range"
     bad_share: float = 0.01
-    cache_mb: int = 512
+    memory_mb: int = 512
     window: int = 4
     lanes: int = 1
+    cache: str = ""
+    cache_gb: float = 8.0
 
     def __post_init__(self) -> None:
         for name, ok in {
@@ -90,7 +92,8 @@ class DataConfig:
             "channels": self.channels in (0, 1, 3, 4),
             "buckets": all(0 < ratio < 100 for ratio in self.buckets) and (not self.buckets or self.size > 0),
             "bad_share": 0 <= self.bad_share <= 1,
-            "cache_mb": self.cache_mb >= 0,
+            "memory_mb": self.memory_mb >= 0,
+            "cache_gb": self.cache_gb > 0,
             "window": self.window >= 1,
             "lanes": self.lanes >= 1,
         }.items():

@@ -52,7 +52,7 @@ class RunData:
     def of(config: Config) -> RunData:
         """Open, split and look over the data; InputError says what is wrong with it."""
         use: DataConfig = config.section("data")
-        source = open_source(use.name, use.path or None)
+        source = open_source(use.name, use.path or None, use.cache or None, int(use.cache_gb * 2**30))
         fingerprint = source.fingerprint()
         prepare = Prepare(use.size, use.crop, use.flip, use.channels, use.normalize, use.buckets)
         prepare, found = _settled(source, prepare, about_of(Path(config.values["out"]), fingerprint))
@@ -62,7 +62,7 @@ class RunData:
         part, held = split(source, held_out, prepare=prepare)
         still = use.crop == "center" and not use.flip and not use.buckets
         size = 4 * math.prod(found.shape)
-        fits = still and not part.counts and len(part) * size <= use.cache_mb << 20
+        fits = still and not part.counts and len(part) * size <= use.memory_mb << 20
         most = len(part) if fits else max(2, min(10_000, _REFERENCE // (2 * size)))
         data = materialise(Subset(part, choice(part, most), part.name), prepare)
         classes = max(len(source.classes), data.classes, held.classes)
@@ -92,7 +92,7 @@ class RunData:
             cond = None if self.train.labels is None else Label(self.classes)(self.train.labels)
             return InMemory(self.train.x, cond, seed)
         order = order_for(self.source, self.prepare, seed, use.window, use.lanes)
-        cache = use.cache_mb << 20
+        cache = use.memory_mb << 20
         feed = Feed(self.source, self.prepare, order, seed, engine.workers, use.bad_share, ledger, cache)
         return Encoded(feed, self.classes)
 
