@@ -124,7 +124,7 @@ def test_a_toml_file_is_a_layer_below_the_words(run, tmp_path):
         (["train", "--config", "none.toml"], "does not exist"),
         (["sample", "OUT"], "does not exist: train one with"),
         (["sample", "RUN", "--label", "11"], "label 11 is out of range"),
-        (["sample", "RUN", "--label", "x"], "--label must be whole numbers"),
+        (["sample", "RUN", "--label", "x"], "no class is named 'x': this model knows the classes 0, 1, 2"),
         (["sample", "RUN", "net.width=3"], "fixed when the run was trained"),
         (["sample", "RUN", "sample.steps=0"], "sample.steps must be >= 1"),
         (["sample", "RUN", "sample.n=-4"], "sample.n must be >= 1"),

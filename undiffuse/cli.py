@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -30,11 +31,11 @@ from undiffuse import plot
 from undiffuse.certify import Certificate
 from undiffuse.certify import certify as measure
 from undiffuse.config import DEFAULTS, KINDS, Config, fields, parse_overrides
-from undiffuse.denoise import Counter, FixedRows
+from undiffuse.denoise import Counter
 from undiffuse.fit import fit
+from undiffuse.guide import CFG
 from undiffuse.model import Model
-from undiffuse.sample import sample as draw
-from undiffuse.train import Lost, NonFinite, Preempted, Processes, TrainState
+from undiffuse.train import Lost, NonFinite, Preempted, Processes, Signals, TrainState
 from undiffuse.types import InputError
 
 app = typer.Typer(
@@ -198,7 +199,9 @@ def train(
 def sample(
     run: Annotated[str, typer.Argument(help="a run folder")],
     overrides: Overrides = None,
-    label: Annotated[str | None, typer.Option(help="a class, several as 0,1,2, or `each` for all in turn")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="a class: its name or number; several with commas; `each`: all")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="a .png (images) or .npy file, or a folder for shards; default RUN/samples/")
     ] = None,
@@ -225,11 +228,7 @@ def sample(
         layer.setdefault("sample", {})
         if layer["sample"].setdefault("n", number) != number:
             raise InputError(f"-n {number} and sample.n={layer['sample']['n']} differ: give one of them")
-    allowed = ("sample", "solver", "grid", "guidance", "schedule")
-    for key in layer:
-        if key in DEFAULTS and key not in allowed:
-            raise InputError(f"{key} was fixed when the run was trained; sampling takes {', '.join(allowed)}")
-    config = Config.resolve(model.config.values, layer)
+    config = bulk_module.configure(model, layer)
     if dry_run:
         return _dry(config, as_json)
     if out is not None and (out.is_dir() or not out.suffix):
@@ -242,19 +241,23 @@ def sample(
             "--shard, --format, --device, --threads, --ray and --workers are for shards: give a folder as --out"
         )
     use = config.section("sample")
-    cycle = bulk_module.label_cycle(label, model.classes)
+    cycle = model.cycle(label)
     labels = torch.tensor(cycle)[torch.arange(use.n) % len(cycle)] if cycle else None
-    out = out or Path(run) / "samples" / f"seed{use.seed}-{'any' if label is None else label.replace(',', '_')}.png"
+    words = "any" if label is None else re.sub(r"[^\w-]+", "_", label)
+    out = out or Path(run) / "samples" / f"seed{use.seed}-{words}.png"
     if len(model.shape) != 3 and out.suffix == ".png":
         out = out.with_suffix(".npy")
     if out.suffix not in (".png", ".npy"):
         raise InputError(f"samples are written as .png or .npy, or into a folder as shards; got {out.name}")
-    counter = Counter(FixedRows(model.denoiser, use.rows) if use.rows else model.denoiser)
+    counter, guide = Counter(model.denoiser), CFG() if labels is None else config.build("guidance")
+
+    def guidance(denoise: Any, cond: Any) -> Any:
+        counter.model = denoise  # inside the guidance: the rows that it asks for are counted
+        return guide(counter, cond)
+
     started = time.perf_counter()
-    cond = model.cond(labels, use.n)
-    schedule, grid = config.build("schedule"), config.build("grid")
     chunks = -(-use.n // use.batch)
-    total = chunks * (len(grid(schedule, use.steps)) - 1)
+    total = chunks * (len(config.build("grid")(config.build("schedule"), use.steps)) - 1)
     with Bars(as_json) as bars:
         done: list[int] = []
 
@@ -262,19 +265,7 @@ def sample(
             done.append(state.i)
             bars.move("sampling", len(done), total, f"{state.nfe} evaluations")
 
-        x = draw(
-            counter,
-            (use.n, *model.shape),
-            schedule,
-            steps=use.steps,
-            solver=config.build("solver"),
-            grid=grid,
-            cond=cond,
-            guidance=1.0 if cond is None else config.build("guidance"),
-            seed=use.seed,
-            batch=use.batch,
-            progress=on_state,
-        )
+        x = model.using(config).sample(label=labels, guidance=guidance, progress=on_state)
     seconds = time.perf_counter() - started
     if not bool(torch.isfinite(x).all()):
         raise NonFinite(
@@ -282,7 +273,7 @@ def sample(
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
-        plot.save_png(x, out, columns=10 if use.n >= 10 else use.n)
+        plot.save_png(model.shown(x), out, columns=10 if use.n >= 10 else use.n)
     else:
         np.save(out, x.numpy())
     facts = {
@@ -298,22 +289,14 @@ def sample(
 
 
 def _shards(job: bulk_module.Job, model: Model, engine: str, workers: int | None, as_json: bool) -> None:
-    """Do a bulk job; the first process alone speaks, unless another has an error of its own."""
-    main = bulk_module.rank() == 0
-    go_on = "finished shards are kept, and the same command makes the rest"
-    try:
-        with bulk_module.stoppable(), Bars(as_json or not main) as bars:
+    """Do a bulk job; the first process alone tells of it."""
+    main = _main_process()
+    with Signals(at_once=True), Bars(as_json or not main) as bars:
 
-            def move(there: float, n: int, rate: float) -> None:
-                bars.move("sampling", int(there), n, f"{rate:.3g} samples/s")
+        def move(there: float, n: int, rate: float) -> None:
+            bars.move("sampling", int(there), n, f"{rate:.3g} samples/s")
 
-            report = bulk_module.carry_out(job, model, engine=engine, workers=workers, progress=move)
-    except bulk_module.Stopped:
-        sys.exit(_fail(f"stopped; {go_on}", 75))
-    except KeyboardInterrupt:
-        sys.exit(_fail(f"interrupted; {go_on}", 130))
-    except bulk_module.Failed as error:
-        sys.exit(_fail(str(error), 1) if main else 1)
+        report = bulk_module.carry_out(job, model, engine=engine, workers=workers, progress=move)
     if not main:
         return
     for name in report.damaged:
@@ -429,7 +412,7 @@ def _certificates(found: list[Certificate], stds: tuple[float, ...], where: str)
     console.print("\n".join(lines), soft_wrap=True)
 
 
-INTERRUPTED = "interrupted; the same command goes on where this one stopped"
+GOES_ON = "the same command goes on where this one stopped"
 
 
 def main() -> None:
@@ -438,7 +421,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
         if code == 130:
-            code = _fail(INTERRUPTED, 130)
+            code = _fail(f"interrupted; {GOES_ON}", 130)
     except InputError as error:
         code = _fail(str(error), 2)
     except UsageError as error:
@@ -446,9 +429,9 @@ def main() -> None:
     except NonFinite as error:
         code = _everywhere(str(error), 1)
     except (Preempted, Lost) as error:
-        code = _everywhere(f"{error}; the same command goes on from the newest checkpoint", 75)
+        code = _everywhere(f"{error}; {GOES_ON}", 75)
     except (typer.Abort, KeyboardInterrupt):
-        code = _fail(INTERRUPTED, 130)
+        code = _fail(f"interrupted; {GOES_ON}", 130)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             code = _fail(f"the disk is full ({error.filename or 'while writing'}): free space and run it again", 75)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -57,24 +58,58 @@ class Model:
 
     def number(self, name: str) -> int:
         """The label of a class by its name or number; InputError names the classes."""
+        self._needs_classes()
+        known = ", ".join(self.names[:10]) + (f" and {len(self.names) - 10} more" if len(self.names) > 10 else "")
+        numbers = f"0 ... {self.classes - 1}"
         if name in self.names:
             return self.names.index(name)
         try:
-            return int(name)
+            number = int(name)
         except ValueError as error:
-            known = f"the classes {', '.join(self.names)}" if self.names else "numbers only"
-            raise InputError(f"no class is named {name!r}: this model knows {known}") from error
+            near = difflib.get_close_matches(name, self.names, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(
+                f"no class is named {name!r}: {hint}this model knows the classes {known or numbers}"
+                + (f", or {numbers}" if known else "")
+            ) from error
+        if not 0 <= number < self.classes:
+            raise InputError(f"label {number} is out of range: this model knows the classes {numbers}")
+        return number
+
+    def cycle(self, label: str | None) -> tuple[int, ...]:
+        """The classes that samples have in turn: of words between commas, which are names, numbers, or `each` for all
+        classes; () without a label. InputError for other words, and for a model without classes."""
+        if label is None:
+            return ()
+        self._needs_classes()
+        words = [label] if label in self.names else [word.strip() for word in label.split(",")]
+        every = range(self.classes)
+        return tuple(k for word in words for k in (every if word == "each" else (self.number(word),)))
+
+    def _needs_classes(self) -> None:
+        if not self.classes:
+            raise InputError("this model was trained without labels: leave `label` out")
+
+    def using(self, config: Config) -> Model:
+        """The same model, sampled as another configuration says."""
+        return replace(self, config=config, schedule=config.build("schedule"))
 
     def restore(self, x: Tensor) -> Tensor:
         """Samples of the denoiser in the data's own range."""
         return x if self.scale is None else self.scale.restore(x)
 
+    def shown(self, x: Tensor) -> Tensor:
+        """Samples as pictures in [-1, 1]: as they are, or, of normalised data beyond it, from the data's range."""
+        if self.scale is None or (self.scale.low >= -1 and self.scale.high <= 1):
+            return x
+        low, high = self.scale.low, self.scale.high
+        return (x - low) * (2 / (high - low)) - 1
+
     def cond(self, label: int | str | Sequence[int] | Tensor | None, n: int) -> Cond | None:
         """The condition of n samples: one label (or class name) for all, or n labels; InputError if there is none."""
         if label is None:
             return None
-        if not self.classes:
-            raise InputError("this model was trained without labels: leave `label` out")
+        self._needs_classes()
         labels = torch.as_tensor(self.number(label) if isinstance(label, str) else label)
         labels = labels.expand(n) if labels.ndim == 0 else labels
         if labels.shape != (n,):

@@ -262,7 +262,7 @@ def test_compressed_and_mixed_shards_are_refused(tmp_path):
         open_source(str(tmp_path / "a.tar.gz"), cache=tmp_path / "cache")
     shard(tmp_path / "set" / "a.tar", 0, 1)
     write(tmp_path / "set" / "b.parquet", b"x")
-    with pytest.raises(InputError, match="not both"):
+    with pytest.raises(InputError, match="all of one kind"):
         open_source(str(tmp_path / "set"), cache=tmp_path / "cache")
     with pytest.raises(InputError, match="without a sample"):
         open_source(str(tar(tmp_path / "none.tar", {"a.pyd": b"x"})), cache=tmp_path / "cache")

@@ -9,9 +9,12 @@ from undiffuse.data.prepare import Example, Prepare, bucket_of
 from undiffuse.data.source import Arrays, Cached, Raw, Source, Subset, Unreadable, from_data
 from undiffuse.data.split import materialise, split
 from undiffuse.data.statistics import Statistics, measure, settle
+from undiffuse.data.tensors import JOB, LEDGER
 
 __all__ = [
     "BUILT_IN",
+    "JOB",
+    "LEDGER",
     "Arrays",
     "Batch",
     "Bucketed",

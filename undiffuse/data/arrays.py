@@ -17,7 +17,7 @@ _SMALL, _RATIO, _DIRECTORY = 2**26, 200, 2**20  # an archive's member above 64 M
 
 
 def open_arrays(path: Path) -> Arrays:
-    """x (n, channels, *size) with optional `labels` and other columns of n rows; never unpickles.
+    """x (n, channels, *size) with optional `labels` (or `label`) and other columns of n rows; never unpickles.
 
     Raises InputError.
     """
@@ -30,7 +30,7 @@ def open_arrays(path: Path) -> Arrays:
         raise InputError(f"{path} is not a readable array file (pickled arrays are refused): {error}") from error
     if "x" not in arrays:
         raise InputError(f"{path} has no array named 'x' (and optionally 'labels')")
-    x, labels = arrays.pop("x"), arrays.pop("labels", None)
+    x, labels = arrays.pop("x"), arrays.pop("labels", arrays.pop("label", None))
     if labels is not None and np.issubdtype(labels.dtype, np.integer):
         labels = labels.astype(np.int64)
     rows = {key: values for key, values in arrays.items() if values.ndim and len(values) == len(x)}

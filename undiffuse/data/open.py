@@ -27,9 +27,9 @@ def open_source(
 
     A built-in set (`path`: the folder of its files; also as "NAME path=FOLDER"); a folder of pictures, whose
     sub-folders are classes, with train/ and test/, or with metadata.jsonl or metadata.csv; a .npy, .npz or .safetensors
-    file with `x` and optionally `labels`; .parquet files; webdataset shards (.tar), as a folder, a pattern
-    (part-{000..099}.tar, *.tar) or http(s) and file addresses, whose shards pass through the folder `cache` of at most
-    `cache_bytes`; "hf:NAME" of a hub. Raises InputError.
+    file with `x` and optionally `labels`; .parquet files; shards (webdataset's .tar, or .safetensors such as
+    `undiffuse sample` writes), as a folder, a pattern (part-{000..099}.tar, *.tar) or http(s) and file addresses, whose
+    shards pass through the folder `cache` of at most `cache_bytes`; "hf:NAME" of a hub. Raises InputError.
 
     >>> source = open_source("digits")
     >>> len(source), source.classes[:3], source.read(0).label

@@ -23,6 +23,7 @@ from undiffuse.data.cache import Cache, Recent, default_cache, is_remote, suffix
 from undiffuse.data.folder import METADATA
 from undiffuse.data.picture import SUFFIXES
 from undiffuse.data.source import Raw, Source, Unreadable, digest
+from undiffuse.data.tensors import Tensors, check_job
 from undiffuse.types import InputError
 
 _MEMBER, _MEMBERS, _SMALL = 2**28, 200_000, 2**20  # bytes of a member, members of a shard, bytes of a text member
@@ -31,11 +32,12 @@ _MAPS = tuple(f"{kind}.{s}" for kind in ("depth", "segmentation") for s in (*_PI
 _SOUND = ("wav", "flac", "ogg", "mp3", "audio.wav", "audio.flac")
 _KNOWN = frozenset((*_PICTURES, "npy", "cls", "txt", "json", *_MAPS, *_SOUND))
 _TEXT = ("text", "caption", "prompt")
+_SHARDS = (".tar", ".parquet", ".safetensors")
 _OPEN = 16  # shards open at a time: two windows of 8
 
 
 def is_shards(name: str) -> bool:
-    """Whether `name` means .tar or .parquet files: by ending, address, pattern, or as a folder that has them."""
+    """Whether `name` means shards: by ending, address or pattern, or as a folder that has them."""
     if not name:
         return False
     if is_remote(name) or suffix(name) in (".tar", ".parquet", ".tgz", ".gz") or re.search(r"[*{]", name):
@@ -56,7 +58,7 @@ def _inside(folder: Path) -> list[str]:
     """The shards directly in a folder, sorted."""
     if not folder.is_dir():
         return []
-    return sorted(str(p) for p in folder.iterdir() if p.suffix in (".tar", ".parquet") and p.name[0] not in "._")
+    return sorted(str(p) for p in folder.iterdir() if p.suffix in _SHARDS and p.name[0] not in "._")
 
 
 def braces(pattern: str) -> Iterator[str]:
@@ -89,7 +91,7 @@ def expand(name: str) -> list[str]:
         out += sorted(glob.glob(place)) if not is_remote(place) and re.search(r"[*?\[]", place) else [place]
     missing = [place for place in out if not is_remote(place) and not Path(place).is_file()]
     if missing or not out:
-        raise InputError(f"{missing[0] if missing else name} does not exist; expected .tar or .parquet files")
+        raise InputError(f"{missing[0] if missing else name} does not exist; expected {', '.join(_SHARDS)} files")
     return out
 
 
@@ -100,6 +102,7 @@ def open_shards(name: str, cache: str | Path | None, limit: int) -> Source:
     if not is_remote(name) and _inside(folder / "train"):
         test = next((_inside(folder / t) for t in ("test", "validation", "val") if _inside(folder / t)), [])
         return _open(folder.name, _inside(folder / "train"), test, store)
+    check_job(folder)
     places = expand(name)
     stems = [Path(place).name for place in places]
     test = [p for p, s in zip(places, stems, strict=True) if re.match(r"(test|validation|val)[-_.]", s)]
@@ -115,10 +118,13 @@ def _open(name: str, places: list[str], test: list[str], store: Cache) -> Source
         from undiffuse.data.table import open_tables
 
         return open_tables(name, places, test, store)
+    if kinds == {".safetensors"}:
+        held = Tensors(f"{name} (test)", tuple(test), store) if test else None
+        return Tensors(name, tuple(places), store, held)
     if kinds != {".tar"}:
         raise InputError(
-            f"shards of type {', '.join(sorted(kinds)) or 'unknown'}; expected .tar or .parquet, not both: unpack "
-            "compressed ones (gunzip), which cannot be read at random"
+            f"shards of type {', '.join(sorted(kinds)) or 'unknown'}; expected {', '.join(_SHARDS)}, all of one kind: "
+            "unpack compressed ones (gunzip), which cannot be read at random"
         )
     other = Tar(f"{name} (test)", tuple(test), store) if test else None
     return Tar(name, tuple(places), store, other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +18,12 @@ from undiffuse.types import InputError
 
 
 class Lost(RuntimeError):
-    """Another process of the run ended: start the run again, it goes on from the newest checkpoint."""
+    """Another process of the run failed or ended: start the run again, it goes on from what was saved."""
+
+
+def launched() -> int:
+    """The number of processes that a launcher started (WORLD_SIZE); 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
@@ -29,19 +35,19 @@ class Processes:
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (a device is immutable)
 
     @staticmethod
-    def start(device: str = "auto") -> Processes:
+    def start(device: str = "auto", patience: timedelta = timedelta(minutes=30)) -> Processes:
         """Join the group that the environment names (RANK, WORLD_SIZE), on the CPU by gloo, else by nccl; or be alone.
 
-        `device` is auto, cpu or cuda; InputError for cuda where there is none.
+        `device` is auto, cpu or cuda; InputError for cuda where there is none. `patience` bounds every wait.
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise InputError("engine.device=cuda: PyTorch finds no CUDA device here; use engine.device=cpu or auto")
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if launched() == 1:
             use = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
             return Processes(device=torch.device(use))
         from accelerate import PartialState
 
-        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(minutes=30))
+        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=patience)
         where = torch.device("cpu") if state.device.type == "cpu" else state.device
         return Processes(state.process_index, state.num_processes, where)
 
@@ -51,7 +57,8 @@ class Processes:
         return self.rank == 0
 
     @contextlib.contextmanager
-    def _talking(self) -> Any:
+    def talking(self) -> Any:
+        """Around what waits for other processes: where one of them is gone, Lost is raised."""
         try:
             yield
         except RuntimeError as error:  # gloo raises nothing more particular
@@ -66,7 +73,7 @@ class Processes:
         if self.world == 1:
             return rows
         parts = [torch.empty_like(rows) for _ in range(self.world)]
-        with self._talking():
+        with self.talking():
             dist.all_gather(parts, rows.contiguous())
         return torch.stack(parts, 1).flatten(0, 1)
 
@@ -75,7 +82,7 @@ class Processes:
         if self.world == 1:
             return number
         value = torch.tensor(number, device=self.device)
-        with self._talking():
+        with self.talking():
             dist.all_reduce(value, dist.ReduceOp.MIN)
         return int(value)
 
@@ -102,9 +109,35 @@ class Processes:
 
         self.together(fill)
         if self.world > 1:
-            with self._talking():
+            with self.talking():
                 dist.broadcast_object_list(box, 0)
         return box[0]
+
+    def each(self, work: Callable[[], Any]) -> list[Any]:
+        """What `work` gives in every process, once all have theirs; if it fails in one, that one raises its error and
+        the others Lost. However long the slowest takes, the others hear signals."""
+        if self.world == 1:
+            return [work()]
+        value, error = None, None
+        try:
+            value = work()
+        except Exception as raised:
+            if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends the others, which may be far from done
+                raise
+            error = raised
+        heard: list[Any] = [None] * self.world
+        with self.talking():
+            waiting = dist.barrier(async_op=True)
+            while not waiting.is_completed():  # rather than in wait(), where no signal is heard
+                time.sleep(0.02)
+            waiting.wait()
+            dist.all_gather_object(heard, (value, None if error is None else str(error) or repr(error)))
+        if error is not None:
+            raise error
+        for number, (_, trouble) in enumerate(heard):
+            if trouble is not None:
+                raise Lost(f"process {number} failed: {trouble}")
+        return [value for value, _ in heard]
 
     def end(self) -> None:
         """Leave the group, once all is done."""

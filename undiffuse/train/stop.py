@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM and Ctrl-C end a run after the step at hand, with a checkpoint."""
+"""Stopping on request: SIGTERM and Ctrl-C end a run once its state is saved."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ import threading
 from types import FrameType, TracebackType
 
 
-class Preempted(RuntimeError):
-    """The run was asked to end, and its state was saved: the same command goes on."""
+class Preempted(BaseException):
+    """The run was asked to end, and its state was saved; like KeyboardInterrupt, `except Exception` lets it pass."""
 
 
 class Signals:
     """While entered, notes SIGTERM and the first Ctrl-C instead of ending the process; a second Ctrl-C interrupts.
 
-    `asked` is the signal's number, or 0. Outside the main thread, where Python delivers no signals, nothing changes.
+    `asked` is the signal's number, or 0. With `at_once`, for work whose state is always saved, the first one raises
+    Preempted or KeyboardInterrupt. Outside the main thread, where Python delivers no signals, nothing changes.
     """
 
-    def __init__(self) -> None:
-        self.asked = 0
+    def __init__(self, at_once: bool = False) -> None:
+        self.at_once, self.asked = at_once, 0
         self._before: dict[int, object] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self.at_once or (self.asked and number == signal.SIGINT):
+            raise end(number)
         self.asked = number
 
     def __call__(self) -> int:
