@@ -402,8 +402,9 @@ def test_samples_that_are_not_finite_are_not_written(trained, tmp_path, monkeypa
     assert not (tmp_path / "t").exists()
 
 
-def members(work, launcher):
-    """Two processes of one group, as a launcher starts them, each doing `work`; with `launcher`, as torchrun does."""
+def members(work, launcher="", meanwhile=lambda both: None):
+    """The exit codes of two processes of one group, as a launcher starts them, each doing `work`; with `launcher`, as
+    torchrun does."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -420,6 +421,7 @@ def members(work, launcher):
         return begin
 
     both = [child(member(rank)) for rank in range(2)]
+    meanwhile(both)
     for process in both:
         process.join(60)
     return [process.exitcode for process in both]
@@ -445,6 +447,27 @@ def test_a_failing_process_does_not_leave_the_others_waiting(trained, tmp_path, 
     assert "the same command goes on where this one stopped" in says
     assert {p.name for p in (tmp_path / "s").glob("shard-*.json")} >= {"shard-000001.json"}
     assert not (tmp_path / "s" / "manifest.json").exists()
+
+
+def test_a_process_that_waits_for_the_slowest_hears_a_signal(trained, tmp_path, capfd):
+    def work():
+        if os.environ["RANK"] == "1":
+            Maker.make = lambda *_: time.sleep(60)
+        command("sample", trained, "-n", 4, "--shard", 2, "sample.steps=2", "--json", "--out", tmp_path / "s")()
+
+    def ask(both):
+        while not (tmp_path / "s" / "shard-000000.json").exists():
+            assert both[0].is_alive()
+            time.sleep(0.01)
+        time.sleep(0.1)  # by now it waits
+        for process in both:
+            assert process.is_alive()
+            process.terminate()
+
+    started = time.perf_counter()
+    assert members(work, meanwhile=ask) == [75, 75]
+    assert time.perf_counter() - started < 20
+    assert "asked to end by signal 15; saved; the same command goes on" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("launcher", ["", "torchelastic"])
@@ -672,6 +695,7 @@ def test_pictures_of_normalised_data_reach_from_its_lowest_to_its_highest_value(
 
 def test_shards_of_samples_are_data(trained, tmp_path, run, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(plot, "plot_curves", lambda *_: None)  # which takes most of the time
     out = tmp_path / "shards"
     bulk(trained, out, 40, "each", shard=8, settings=FAST)
     x, labels = joined(out), joined(out, "label")

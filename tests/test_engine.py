@@ -1,5 +1,6 @@
 """How the work is done: precision, compiling, the batch that is found, trackers, signals, the log."""
 
+import contextlib
 import json
 import math
 import os
@@ -203,6 +204,14 @@ def test_the_first_ctrl_c_is_noted_the_second_interrupts_and_handlers_come_back(
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_where_all_is_saved_a_signal_ends_at_once_and_no_handler_of_errors_hides_it():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    for number, error in ((signal.SIGTERM, Preempted), (signal.SIGINT, KeyboardInterrupt)):
+        with pytest.raises(error), Signals(at_once=True), contextlib.suppress(Exception):
+            signal.raise_signal(number)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
 def test_outside_the_main_thread_signals_are_left_alone():
     before, seen = signal.getsignal(signal.SIGTERM), []
 
@@ -306,5 +315,8 @@ def test_what_fails_in_the_main_process_is_raised():
 
     with pytest.raises(OSError, match="No space"):
         Processes().together(fail)
+    with pytest.raises(OSError, match="No space"):
+        Processes().each(fail)
+    assert Processes().each(lambda: 7) == [7]
     assert Processes().share(lambda: 7) == 7
     assert os.environ.get("WORLD_SIZE", "1") == "1"
