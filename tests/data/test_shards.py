@@ -13,6 +13,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from undiffuse import InputError
 from undiffuse.data import Feed, Prepare, Subset, Unreadable, Windowed, open_source, order_for, split
@@ -266,6 +267,65 @@ def test_compressed_and_mixed_shards_are_refused(tmp_path):
         open_source(str(tmp_path / "set"), cache=tmp_path / "cache")
     with pytest.raises(InputError, match="without a sample"):
         open_source(str(tar(tmp_path / "none.tar", {"a.pyd": b"x"})), cache=tmp_path / "cache")
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def tensors(path, start, count, **more):
+    """A .safetensors shard of samples that are their number everywhere, with the label of `shard`."""
+    numbers = torch.arange(start, start + count)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {"x": numbers.float().view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous(), "label": numbers % 5, **more}, path
+    )
+    return path
+
+
+def numbers(source):
+    return [int(source.read(i).x[0, 0, 0]) for i in range(len(source))]
+
+
+def test_shards_of_tensors_are_read_by_number(tmp_path, server, shards):
+    for s, count in enumerate((4, 1, 5)):
+        tensors(tmp_path / "t" / f"part-{s}.safetensors", 10 * s, count, text_length=torch.ones(count))
+        tensors(shards / f"part-{s}.safetensors", 10 * s, count)
+    names = [str(tmp_path / "t"), str(tmp_path / "t/*.safetensors"), f"{server[0]}/part-{{0..2}}.safetensors"]
+    for name in names:
+        source = open_source(name, cache=tmp_path / "cache")
+        assert (source.counts, source.classes) == ((4, 1, 5), tuple("01234"))
+        assert numbers(source) == [0, 1, 2, 3, 10, 20, 21, 22, 23, 24]
+        assert [source.read(i).label for i in range(10)] == [0, 1, 2, 3, 0, 0, 1, 2, 3, 4]
+        assert source.read(4).where.endswith("part-1.safetensors[0]")
+        assert numbers(pickle.loads(pickle.dumps(source))) == numbers(source)
+        assert isinstance(order_for(source, Prepare()), Windowed)
+    source = open_source(names[0], cache=tmp_path / "cache")
+    assert source.columns == ("text_length",)
+    before = source.fingerprint()
+    tensors(tmp_path / "t" / "part-2.safetensors", 20, 6)
+    assert open_source(names[0], cache=tmp_path / "cache").fingerprint() != before
+
+
+def test_shards_of_tensors_for_testing_are_held_out(tmp_path):
+    for folder, start in (("train", 0), ("test", 50)):
+        tensors(tmp_path / "set" / folder / "a.safetensors", start, 3)
+    source = open_source(str(tmp_path / "set"), cache=tmp_path / "cache")
+    assert (numbers(source), numbers(source.test)) == ([0, 1, 2], [50, 51, 52])
+
+
+def test_damaged_shards_of_tensors_are_named(tmp_path):
+    path = tensors(tmp_path / "t" / "a.safetensors", 0, 4)
+    tensors(tmp_path / "t" / "b.safetensors", 4, 4)
+    source, whole = open_source(str(tmp_path / "t"), cache=tmp_path / "cache"), path.read_bytes()
+    path.write_bytes(whole[:-9])
+    with pytest.raises(Unreadable, match=r"a\.safetensors is not a readable array file"):
+        source.read(0)
+    with pytest.raises(InputError, match=r"a\.safetensors is not a readable array file"):
+        open_source(str(tmp_path / "t"), cache=tmp_path / "cache")
+    tensors(path, 0, 2)
+    with pytest.raises(Unreadable, match="the shard was changed"):
+        source.read(3)
+    assert int(source.read(4).x[0, 0, 0]) == 4
 
 
 # ---------------------------------------------------------------- fetched shards

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ def open_source(
 
         return open_hub(name[3:])
     place = Path(name).expanduser()
-    if place.suffix in arrays.SUFFIXES and "://" not in name:
+    if place.suffix in arrays.SUFFIXES and (place.is_file() or not re.search(r"://|[*{]", name)):
         return arrays.open_arrays(place)
     from undiffuse.data.shards import is_shards, open_shards
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -90,7 +90,7 @@ class Tensors:
     def _shard(self, place: str) -> tuple[Arrays, int]:
         with self.cache.open(place) as file:
             found = open_arrays(Path(file.name))
-        return found, found.x.nbytes
+        return replace(found, where=place), found.x.nbytes
 
     def fingerprint(self) -> str:
         """SHA-256 over the shards' names, sizes and times (of remote ones their names) and their numbers of samples."""
