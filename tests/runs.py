@@ -1,6 +1,7 @@
 """Runs that tests start in one process and in several."""
 
 import contextlib
+import os
 import time
 from pathlib import Path
 from unittest import mock
@@ -13,7 +14,7 @@ from undiffuse import VP, Denoiser, EDMPrecond, Label, V
 from undiffuse.config import Config
 from undiffuse.fit import fit
 from undiffuse.nets import UNet
-from undiffuse.train import EMA, Checkpoints, Engine, NonFinite, Objective, Plan, Processes, train, weights
+from undiffuse.train import EMA, Checkpoints, Engine, Lost, NonFinite, Objective, Plan, Processes, train, weights
 
 STEPS = 12
 SETTINGS = {
@@ -117,6 +118,20 @@ def poisoned(step, place):
             began = time.monotonic()
     except NonFinite as error:
         return str(error), time.monotonic() - began
+    return "nothing happened", 0.0
+
+
+def deserted(step):
+    """Train until process 1 dies in `step`: what the other says, and after how long."""
+    processes, died = Processes.start("cpu"), 0.0
+    model, x = Denoiser(Scaled(), V()), torch.randn(16, 3)
+    try:
+        for state in train(model, x, Objective(VP()), Plan(steps=9, batch=4), processes=processes):
+            died = time.monotonic()
+            if state.step == step and processes.rank == 1:
+                os._exit(9)
+    except Lost as error:
+        return str(error), time.monotonic() - died
     return "nothing happened", 0.0
 
 

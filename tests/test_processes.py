@@ -128,8 +128,23 @@ def test_a_sharded_run_writes_a_model_that_loads(pictures, tmp_path, alone):
         assert torch.allclose(value, plain[name], atol=1e-3), name
 
 
-def run_sharded(data, out, more):
-    return runs.run(data, out, **more)
+def run_sharded(data, out, more, stop=None):
+    return runs.run(data, out, stop, **more)
+
+
+def test_a_sharded_run_stopped_after_measuring_equals_the_uninterrupted_one(pictures, tmp_path):
+    """The main process has the measurements of step 8, the others have not: all must leave them out."""
+    settings = {"engine": {"sharding": "fsdp"}, "train": {**runs.SETTINGS["train"], "every": 4}}
+    together(run_sharded, pictures, tmp_path / "straight", settings)
+    together(run_sharded, pictures, tmp_path / "run", settings, 8)
+    together(run_sharded, pictures, tmp_path / "run", settings)
+    assert kept(tmp_path / "run") == kept(tmp_path / "straight")
+
+
+def test_a_process_that_dies_is_noticed_by_the_others():
+    (said, seconds), _ = together(runs.deserted, 3, silent=(1,))
+    assert said.startswith("another process of this run ended")
+    assert seconds < 10
 
 
 @pytest.mark.parametrize("place", [0, 1])

@@ -137,7 +137,9 @@ def _fit(
     watching = Signals() if sharded else asked  # none may leave while others gather
 
     def look(step: int) -> None:
-        if watch is None or not (step % use.every == 0 or step == plan.steps) or log.watched(step):
+        if watch is None or not (step % use.every == 0 or step == plan.steps):
+            return
+        if processes.share(lambda: log.watched(step)):
             return
         try:
             row = {"step": step, "eval": watch.measure(watching)}

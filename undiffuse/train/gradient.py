@@ -91,7 +91,8 @@ class Gradient:
         self.micro = min(self.micro or len(x0), len(x0))
         while True:
             try:
-                return self._run(self.module, x0, eps, level, cond, index)
+                with self.processes.talking():
+                    return self._run(self.module, x0, eps, level, cond, index)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise

@@ -90,10 +90,10 @@ def train(
     `data` is x (n, *data), with `cond`, a `Cond` of n rows or None, or a `Feed`. Give `ema=EMA(model)` to keep its
     average. With `checkpoints` the run continues from the newest that verifies, bit for bit as if it had not stopped;
     `identity` (JSON-able) must then be the same, and the tensors in `also` are saved and taken up in place with it;
-    `started(step)` is called with what was taken up, before the first step. In
-    several `processes` each takes its rows of every batch; levels, noise and dropped conditions are those of one
-    process. When `asked()` gives a signal's number the state is saved and Preempted (SIGINT: KeyboardInterrupt) raised.
-    Raises NonFinite, and InputError for impossible combinations.
+    `started(step)` is called with the step that was taken up, before the next. In several `processes` each takes its
+    rows of every batch; levels, noise and dropped conditions are those of one process. When `asked()` gives a signal's
+    number the state is saved and Preempted (SIGINT: KeyboardInterrupt) raised. Raises NonFinite, Lost where another
+    process is gone, and InputError for impossible combinations.
 
     >>> from undiffuse import Denoiser, EDMPrecond, VP
     >>> from undiffuse.nets import UNet
