@@ -178,7 +178,8 @@ class Subset:
     def __post_init__(self) -> None:
         if not self.name:
             object.__setattr__(self, "name", self.source.name)
-        if len(self.ids) and not (min(self.ids) >= 0 and max(self.ids) < len(self.source)):
+        ends = (self.ids[0], self.ids[-1]) if isinstance(self.ids, range) and self.ids else self.ids
+        if len(ends) and not (min(ends) >= 0 and max(ends) < len(self.source)):
             raise InputError(f"{self.name}: a subset of samples that are not in 0, ..., {len(self.source) - 1}")
 
     @property

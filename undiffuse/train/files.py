@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from undiffuse.train.checkpoint import Checkpoints, load_weights, weights, whole, whole_like
+from undiffuse.train.checkpoint import Checkpoints, is_shard, load_weights, weights, whole, whole_like
 from undiffuse.train.ema import EMA
 from undiffuse.train.plan import same_settings
 from undiffuse.train.processes import Processes
@@ -35,7 +35,9 @@ class Files:
 
     def save(self, checkpoints: Checkpoints, step: int, processes: Processes) -> None:
         """Commit the state; every process takes part where parameters are shards, the main one writes."""
-        parts = {"model": weights(self.model), "ema": weights(self.ema.average), "optimiser": self._moments()}
+        parts: dict[str, dict[str, Tensor]] = {}
+        if processes.main or any(is_shard(p) for p in self.model.parameters()):
+            parts = {"model": weights(self.model), "ema": weights(self.ema.average), "optimiser": self._moments()}
         if self.also:
             parts["also"] = {name: value.clone() for name, value in self.also.items()}
         state = {"step": step, "identity": self.identity, "scaler": self.scaler.state_dict()}
