@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from undiffuse import Model, Spectrum, cli, plot
 from undiffuse.bulk import Maker, bulk, make, plan
+from undiffuse.bulk.ray import _Actor, _error
 from undiffuse.config import Config
 from undiffuse.data import Statistics, load_data, open_source
 from undiffuse.model import assemble
@@ -499,6 +500,26 @@ def test_ray_writes_the_same_and_makes_up_for_a_worker_that_is_killed(trained, t
     bulk(trained, tmp_path / "one", n, "each", shard=shard, settings=FAST)
     assert contents(tmp_path / "one") == contents(tmp_path / "ray")
     assert json.loads(out)["shards"] == n // shard
+
+
+@pytest.mark.parametrize(
+    ("error", "arrives"),
+    [
+        (NonFinite("3 samples"), NonFinite("3 samples")),
+        (InputError("no"), InputError("no")),
+        (OSError(28, "No space left on device"), OSError(28, "[Errno 28] No space left on device")),
+        (ValueError("odd"), Lost("ValueError: odd")),
+    ],
+)
+def test_an_error_in_an_actor_arrives_as_what_it_was(trained, tmp_path, monkeypatch, error, arrives):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Maker, "make", fail)
+    row = _Actor(plan(Model.load(trained), trained, tmp_path / "s"))({"index": 0})
+    assert not row["made"]
+    found = _error(row)
+    assert (type(found), found.args) == (type(arrives), arrives.args)
 
 
 def test_without_ray_it_says_what_to_install(trained, tmp_path, run, monkeypatch):

@@ -14,7 +14,7 @@ from typing import Any
 
 from undiffuse.bulk.job import Job
 from undiffuse.bulk.make import Count, Maker
-from undiffuse.train import Lost
+from undiffuse.train import Lost, NonFinite
 from undiffuse.types import InputError
 
 
@@ -26,11 +26,18 @@ class _Actor:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
-            return {**row, "made": self.maker.make(int(row["index"])), "error": "", "number": 0}
+            return {**row, "made": self.maker.make(int(row["index"])), "kind": "", "text": "", "number": 0}
         except Exception as error:
             number = error.errno if isinstance(error, OSError) else 0
-            text = f"{type(error).__name__}: {error}"
-            return {**row, "made": False, "error": text, "number": number or 0}
+            return {**row, "made": False, "kind": type(error).__name__, "text": str(error), "number": number or 0}
+
+
+def _error(row: dict[str, Any]) -> Exception:
+    """What an actor's row says was raised there; of an unknown kind, the actor counts as lost."""
+    if row["number"]:
+        return OSError(row["number"], row["text"])
+    known = {kind.__name__: kind for kind in (NonFinite, InputError)}
+    return known[row["kind"]](row["text"]) if row["kind"] in known else Lost(f"{row['kind']}: {row['text']}")
 
 
 def on_ray(job: Job, todo: Sequence[int], workers: int | None, count: Count) -> list[int]:
@@ -66,8 +73,8 @@ def _spread(ray: Any, job: Job, todo: Sequence[int], workers: int | None, count:
         )
         made = []
         for row in rows.iter_rows():
-            if row["error"]:
-                raise OSError(row["number"], row["error"]) if row["number"] else Lost(row["error"])
+            if row["kind"]:
+                raise _error(row)
             count.at(row["index"], 1)
             made += [int(row["index"])] if row["made"] else []
         return made
