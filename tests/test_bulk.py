@@ -120,18 +120,6 @@ def command(*words):
     return work
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["undiffuse", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out = capsys.readouterr()
-        return stop.value.code, out.out, out.err
-
-    return call
-
-
 @pytest.mark.parametrize("shard", [3, 8, 1000])
 def test_shards_join_to_what_the_model_samples(trained, tmp_path, shard):
     report = bulk(trained, tmp_path / "s", N, "each", shard=shard, settings=FAST)

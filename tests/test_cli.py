@@ -16,18 +16,6 @@ TINY = ["net.width=16", "train.steps=6", "train.batch=16", "train.every=3", "tra
 TINY += ["eval.every=0", "track=none"]
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["undiffuse", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out = capsys.readouterr()
-        return stop.value.code, out.out, out.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "tiny"

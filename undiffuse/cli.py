@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -417,7 +418,7 @@ GOES_ON = "the same command goes on where this one stopped"
 
 def main() -> None:
     """Entry point: user's mistakes become one line and an exit code, never a traceback."""
-    warnings.showwarning = _warn
+    warnings.showwarning, threading.excepthook = _warn, _thread_failed
     try:
         code = app(standalone_mode=False)
         if code == 130:
@@ -443,6 +444,14 @@ def main() -> None:
 def _warn(message: object, *_: object, **__: object) -> None:
     if _main_process():
         print(f"warning: {message}", file=sys.stderr)
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """A tracker that writes in the background may find the disk full as well: a line, not a traceback."""
+    if isinstance(failed.exc_value, OSError):
+        _warn(f"what is written in the background failed: {failed.exc_value}")
+    else:
+        threading.__excepthook__(failed)
 
 
 def _everywhere(message: str, code: int) -> int:

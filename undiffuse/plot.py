@@ -130,7 +130,7 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
         at.plot(steps, values, color=MUTED, linewidth=0.8, alpha=0.7)
         at.plot(steps, _smooth(values), color=ACCENT, linewidth=2)
         at.set_ylabel(label, fontsize=9)
-        if values and np.nanmin(values) > 0:
+        if any(finite := [v for v in values if math.isfinite(v)]) and min(finite) > 0:
             at.set_yscale("log")
     seen = [r for r in rows if "eval" in r]
     _curves_of_levels(axes[1, 0], seen)
@@ -142,7 +142,8 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _smooth(values: Sequence[float]) -> list[float]:
     """The running median of up to nine values: a spike stays a spike in the thin line alone."""
-    return [float(np.nanmedian(values[max(0, i - 4) : i + 5])) for i in range(len(values))]
+    windows = ([v for v in values[max(0, i - 4) : i + 5] if math.isfinite(v)] for i in range(len(values)))
+    return [float(np.median(w)) if w else math.nan for w in windows]
 
 
 def _curves_of_levels(axes: Any, rows: Sequence[dict[str, Any]]) -> None:

@@ -103,4 +103,4 @@ class Watch:
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        plot.save_png(x, path, columns=self.model.classes if 1 < self.model.classes <= 16 else 8)
+        plot.save_png(self.model.shown(x), path, columns=self.model.classes if 1 < self.model.classes <= 16 else 8)
