@@ -657,7 +657,8 @@ def fill(disk: Path, straight: Path, free: int) -> Full:
     said = log.read_text().strip().splitlines()[-1] if log.stat().st_size else ""
     checkpoints = Checkpoints(out / "checkpoints")
     found = checkpoints.latest()
-    intact = (found is None or found[1] == []) and not any(out.rglob(".*"))
+    aside = [p for p in out.rglob(".*") if p.name != ".lock"]
+    intact = (found is None or found[1] == []) and not aside
     steps = checkpoints.steps()
     ballast.unlink()
     resumed = forked(out, log) == 0 and same(straight, out)

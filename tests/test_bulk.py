@@ -666,7 +666,7 @@ def test_an_unknown_class_is_answered_with_the_known_and_the_nearest(named, tmp_
 def test_a_file_of_samples_without_a_name_of_its_own_has_no_separators_of_its_classes(named, run):
     code, out, _ = run("sample", named, "-n", 1, "--label", "bag, leather", "--json", "sample.steps=2")
     assert code == 0
-    assert Path(json.loads(out)["file"]).name == "seed0-bag_leather.png"
+    assert Path(json.loads(out)["file"]).name == "seed0-bag_leather-dpmpp-2m-2-w2.png"
 
 
 @pytest.fixture(scope="module")

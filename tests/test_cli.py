@@ -58,7 +58,9 @@ def test_sample_writes_a_picture_and_says_what_it_cost(trained, run, tmp_path):
     assert Image.open(out).size[0] > 64
     code, text, _ = run("sample", trained, "sample.n=3", "solver=heun", "sample.steps=2", "--json")
     assert json.loads(text)["rows_per_sample"] == 3
-    assert (trained / "samples" / "seed0-any.png").is_file()
+    assert (trained / "samples" / "seed0-any-heun-2.png").is_file()
+    run("sample", trained, "sample.n=3", "--label", "1", "sample.steps=2", "guidance.w=1.5")
+    assert (trained / "samples" / "seed0-1-dpmpp-2m-2-w1.5.png").is_file()
 
 
 def test_samples_are_the_same_whatever_the_batch(trained, run, tmp_path):

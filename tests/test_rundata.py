@@ -144,7 +144,7 @@ def test_too_many_damaged_pictures_stop_the_run(tmp_path):
         (folder / KINDS[i % 3] / f"{i:02d}.png").write_bytes(b"")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(InputError, match=r"more than data\.share|in a row"):
+        with pytest.raises(InputError, match=r"more than data\.bad_share|in a row"):
             fit(config(folder, tmp_path / "run", train={"steps": 40, "batch": 4}))
 
 
@@ -180,6 +180,32 @@ def test_shards_are_seen_in_one_order_by_one_process_and_by_two(tmp_path):
     for found in together(ids_of, folder, tmp_path / "pair"):
         assert found == alone
     assert json.loads((tmp_path / "pair/data.json").read_text())["samples"] == 18  # the last shard is held out
+
+
+@pytest.mark.parametrize(
+    ("x", "why"),
+    [
+        (G.integers(0, 256, (24, 16, 16)).astype("uint8"), "taken for signals of 16 values with 16 channels"),
+        (G.uniform(0, 1, (24, 1, 8, 8)).astype("float32"), r"lie in \[.*\], not in \[-1, 1\]"),
+        (G.uniform(0, 255, (24, 1, 8, 8)).astype("float32"), "far from"),
+    ],
+    ids=["grey", "unit", "bytes"],
+)
+def test_data_that_are_probably_not_what_was_meant_are_warned_of(tmp_path, x, why):
+    np.save(tmp_path / "x.npy", x)
+    with pytest.warns(UserWarning, match=why):
+        fit(config(tmp_path / "x.npy", tmp_path / "run", data={"size": 0}))
+
+
+def test_channels_that_come_last_are_refused(tmp_path):
+    np.save(tmp_path / "x.npy", G.integers(0, 256, (24, 16, 16, 3)).astype("uint8"))
+    with pytest.raises(InputError, match=r"look like channels last: .*x\.transpose\(0, 3, 1, 2\)"):
+        fit(config(tmp_path / "x.npy", tmp_path / "run", data={"size": 0}))
+
+
+def test_channels_can_be_set(tmp_path):
+    fitted = fit(config(classes_folder(tmp_path), tmp_path / "run", data={"channels": 3}))
+    assert fitted.model.shape == (3, 8, 8)
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):

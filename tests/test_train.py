@@ -38,7 +38,7 @@ from undiffuse.fit import fit
 from undiffuse.model import Model
 from undiffuse.nets import UNet
 from undiffuse.rundata import RunData
-from undiffuse.train import EMA, Checkpoints, NonFinite, Objective, Plan, commit, train, verify
+from undiffuse.train import EMA, Checkpoints, Lock, NonFinite, Objective, Plan, commit, train, verify
 from undiffuse.train.objective import LogNormal
 from undiffuse.watch import loss_by_level
 
@@ -328,6 +328,17 @@ def test_impossible_runs_are_refused_before_they_start(tmp_path):
     ):
         with pytest.raises(InputError, match=next(iter(values))):
             Plan(**values)
+    for x, cond, why in (
+        (torch.zeros(4, 3, dtype=torch.uint8), None, "takes floats.*uint8"),
+        (torch.zeros(0, 3), None, "takes floats"),
+        (np.zeros((4, 3)), None, "tensor x .*got ndarray"),
+        (torch.zeros(4, 3), torch.zeros(4), "cond must be a Cond"),
+    ):
+        with pytest.raises(InputError, match=why):
+            next(train(Denoiser(Net(), V()), x, Objective(VP()), PLAN, cond=cond))
+    for values in ({"steps": 1.5}, {"batch": "many"}, {"every": 0.5}):
+        with pytest.raises(InputError, match="must be a whole number"):
+            Plan(**values)
     with pytest.raises(InputError, match="3 rows for 16"):
         next(simple(PLAN, cond=Label(3)([0, 1, 2]))[1])
     with pytest.raises(InputError, match="Eps head"):
@@ -386,7 +397,8 @@ def same_run(a, b):
 def test_fit_writes_a_run_folder(finished):
     layer, out, fitted = finished
     assert {p.name for p in out.iterdir()} == {
-        "config.toml", "data.json", "spectrum.safetensors", "metrics.jsonl", "curves.png", "checkpoints", "model",
+        ".lock", "config.toml", "data.json", "spectrum.safetensors", "metrics.jsonl", "curves.png", "checkpoints",
+        "model",
     }  # fmt: skip
     assert Checkpoints(out / "checkpoints").steps() == [6, 8]
     verify(out / "model")
@@ -567,6 +579,65 @@ def test_other_labels_under_the_same_name_are_refused(tmp_path):
         np.savez(tmp_path / "data.npz", x=was["x"], labels=(was["labels"] + 1) % 3)
     with pytest.raises(InputError, match="data"):
         fit(Config.resolve(layer))
+
+
+def test_a_first_start_that_failed_does_not_bind_the_next(tmp_path):
+    """Nothing was saved, so other settings, of the training too, are taken."""
+    x = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype("float32")
+    with pytest.raises(Stop):
+        fit(settle(tmp_path, x, head="v"), stop_at(1))
+    assert (tmp_path / "run/config.toml").is_file()
+    fitted = fit(settle(tmp_path, x, head="x0"))
+    assert fitted.model.config.values["head"]["kind"] == "x0"
+    assert Config.read(tmp_path / "run/config.toml")["head"]["kind"] == "x0"
+
+
+def test_a_configuration_that_no_run_has_written_is_not_overwritten(tmp_path):
+    x = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype("float32")
+    config = settle(tmp_path, x)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.toml").write_text("seed = 3\n")
+    with pytest.raises(InputError, match=r"was written by no run: .*--config"):
+        fit(config)
+    assert (tmp_path / "run/config.toml").read_text() == "seed = 3\n"
+
+
+def test_settings_of_the_reading_may_change_when_a_run_goes_on(finished, tmp_path):
+    with pytest.raises(Stop):
+        fit(at(finished, tmp_path / "run"), stop_at(5), log_every=2)
+    fit(at(finished, tmp_path / "run", {"data": {"bad_share": 0.5, "memory_mb": 99}}), log_every=2)
+    same_run(tmp_path / "run", finished[1])
+
+
+def hold(folder, taken):
+    folder.mkdir()
+    with Lock(folder) as lock:
+        lock.take()
+        taken.set()
+        time.sleep(60)
+
+
+def test_a_run_folder_is_for_one_process_at_a_time(tmp_path):
+    x = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype("float32")
+    context = multiprocessing.get_context("forkserver")
+    taken = context.Event()
+    process = context.Process(target=hold, args=(tmp_path / "run", taken))
+    process.start()
+    assert taken.wait(60)
+    with pytest.raises(InputError, match="run is in use by another process"):
+        fit(settle(tmp_path, x))
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+    process.kill()
+    process.join()
+    fit(settle(tmp_path, x))
+
+
+def test_a_file_in_the_place_of_the_run_folder_is_named(tmp_path):
+    x = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype("float32")
+    config = settle(tmp_path, x)
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(InputError, match="is a file: give the name of a folder"):
+        fit(config)
 
 
 def test_a_finished_run_without_checkpoints_is_not_overwritten_by_another(finished, tmp_path):

@@ -112,7 +112,7 @@ def test_the_grid_shows_the_classes_in_columns(tmp_path):
     data = runs.write_pictures(tmp_path)
     runs.run(data, tmp_path / "run")
     picture = Image.open(tmp_path / "run/samples/step-000012.png")
-    assert picture.width < picture.height  # 3 classes: 3 columns, 22 rows
+    assert 1 < picture.width / picture.height < 1.6  # 3 classes: 9 columns, 7 rows
 
 
 def test_data_that_are_no_pictures_are_measured_without_one(tmp_path):
@@ -146,7 +146,7 @@ def test_curves_are_drawn_from_any_log(tmp_path):
         read_log_of_a_run(tmp_path),
     ]):  # fmt: skip
         plot_curves(rows, tmp_path / f"{i}.png")
-        assert Image.open(tmp_path / f"{i}.png").size == (1440, 900)
+        assert Image.open(tmp_path / f"{i}.png").size == (1440, 900 if i == 2 else 480)
 
 
 def read_log_of_a_run(tmp_path):

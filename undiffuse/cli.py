@@ -190,9 +190,11 @@ def train(
     out, seconds = resolved.values["out"], time.perf_counter() - started
     seen = len(last[0].lam) * (last[0].step + 1 - first[0]) if last else 0
     facts = {"out": out, "parameters": model.parameters, "samples": len(data), "seconds": round(seconds, 1)}
+    facts["processes"] = processes.world
     facts["steps_run"] = last[0].step + 1 - first[0] if last else 0
     facts["samples_per_second"] = round(seen / seconds, 1)
-    text = f"{model.parameters:,} parameters, {seen:,} samples in {seconds:.0f} s. Next: undiffuse sample {out}"
+    many = f" by {processes.world} processes" if processes.world > 1 else ""
+    text = f"{model.parameters:,} parameters, {seen:,} samples in {seconds:.0f} s{many}. Next: undiffuse sample {out}"
     _say(as_json, facts, text if last else f"{out} was finished before. Next: undiffuse sample {out}")
 
 
@@ -245,7 +247,7 @@ def sample(
     cycle = model.cycle(label)
     labels = torch.tensor(cycle)[torch.arange(use.n) % len(cycle)] if cycle else None
     words = "any" if label is None else re.sub(r"[^\w-]+", "_", label)
-    out = out or Path(run) / "samples" / f"seed{use.seed}-{words}.png"
+    out = out or Path(run) / "samples" / f"seed{use.seed}-{words}-{_how(config, bool(cycle))}.png"
     if len(model.shape) != 3 and out.suffix == ".png":
         out = out.with_suffix(".npy")
     if out.suffix not in (".png", ".npy"):
@@ -274,7 +276,7 @@ def sample(
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
-        plot.save_png(model.shown(x), out, columns=10 if use.n >= 10 else use.n)
+        plot.save_png(model.shown(x), out, plot.columns_for(use.n, len(cycle)))
     else:
         np.save(out, x.numpy())
     facts = {
@@ -287,6 +289,13 @@ def sample(
     }
     text = f"{out}: {use.n} samples, {facts['nfe']} evaluations, {facts['rows_per_sample']:g} network rows a sample, "
     _say(as_json, facts, text + f"{1000 * seconds / use.n:.1f} ms a sample")
+
+
+def _how(config: Config, guided: bool) -> str:
+    """What tells a sample's file from those of other settings."""
+    values = config.values
+    w = f"-w{values['guidance']['w']:g}" if guided and "w" in values["guidance"] else ""
+    return f"{values['solver']['kind']}-{values['sample']['steps']}{w}"
 
 
 def _shards(job: bulk_module.Job, model: Model, engine: str, workers: int | None, as_json: bool) -> None:

@@ -23,7 +23,7 @@ from undiffuse.nets import NETS
 from undiffuse.precond import HEADS
 from undiffuse.schedule import SCHEDULES
 from undiffuse.solvers import SOLVERS
-from undiffuse.train import LEVELS, WEIGHTS, Engine, Plan
+from undiffuse.train import LEVELS, TRACKERS, WEIGHTS, Engine, Plan
 from undiffuse.types import InputError
 
 KINDS: dict[str, dict[str, Callable[..., Any]]] = {
@@ -55,6 +55,17 @@ class SampleConfig:
                 raise InputError(f"sample.{name} must be >= 1, got {getattr(self, name)}")
         if self.rows < 0:
             raise InputError(f"sample.rows must be >= 0 (0: off), got {self.rows}")
+
+
+_WANTED = {
+    "name": "a built-in set, a folder, a file, shards or hf:NAME",
+    "channels": "0 (as they are), 1, 3 or 4",
+    "buckets": "aspect ratios width / height, and data.size besides, whose square is their area",
+    "bad_share": "a share from 0 to 1",
+    "cache_gb": "more than 0",
+    **dict.fromkeys(("size", "memory_mb"), "at least 0"),
+    **dict.fromkeys(("window", "lanes"), "at least 1"),
+}
 
 
 @dataclass(frozen=True)
@@ -98,8 +109,7 @@ class DataConfig:
             "lanes": self.lanes >= 1,
         }.items():
             if not ok:
-                hint = "; buckets need data.size too" if name == "buckets" else ""
-                raise InputError(f"data.{name} = {getattr(self, name)!r} is out of range{hint}")
+                raise InputError(f"data.{name} = {getattr(self, name)!r}: expected {_WANTED[name]}")
 
 
 @dataclass(frozen=True)
@@ -144,7 +154,7 @@ SECTIONS: dict[str, Callable[..., Any]] = {
     "sample": SampleConfig,
 }
 SHORT = {**dict.fromkeys(KINDS, "kind"), "data": "name"}  # what `key=WORD` means for these
-FROM_DATA = {"channels", "dims", "vector", "learned_variance"}  # set by the data or by the objective
+FROM_DATA = {"channels", "dims", "vector", "learned_variance"}  # of networks: set by the data or by the objective
 
 
 def _simple(annotation: Any) -> bool:
@@ -161,7 +171,7 @@ def fields(kind: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     return {
         p.name: (hints[p.name], ... if p.default is p.empty else p.default)
         for p in inspect.signature(kind).parameters.values()
-        if _simple(hints[p.name]) and p.name not in FROM_DATA
+        if _simple(hints[p.name]) and not (p.name in FROM_DATA and kind in NETS.values())
     }
 
 
@@ -174,7 +184,7 @@ def _check(where: str, kind: Callable[..., Any], given: Mapping[str, Any]) -> di
     """The given settings of a kind, validated and complete."""
     known = fields(kind)
     for key in given:
-        if key in FROM_DATA and key in inspect.signature(kind).parameters:
+        if key in FROM_DATA and kind in NETS.values() and key in inspect.signature(kind).parameters:
             raise InputError(f"{where}.{key} follows from the data and cannot be set")
         if key not in known:
             raise InputError(f"unknown key {where}.{key}: {_nearest(key, list(known), f'{where} takes')}")
@@ -234,6 +244,12 @@ class Config:
             values[section] = _check(section, make, values[section])
         if not values["out"].strip():
             raise InputError("out must name a run folder, got an empty string")
+        if values["track"] not in TRACKERS:
+            raise InputError(
+                f"track={values['track']!r} is not known: {_nearest(values['track'], TRACKERS, 'there are')}"
+            )
+        if not -(2**63) <= values["seed"] < 2**63:
+            raise InputError(f"seed must be a 64-bit number, got {values['seed']}")
         if values["held_out"] < 1:
             raise InputError(f"held_out must be >= 1 sample, got {values['held_out']}")
         config = Config(values, frozenset(stated))
@@ -273,6 +289,8 @@ class Config:
             return tomllib.loads(path.read_text())
         except FileNotFoundError as error:
             raise InputError(f"configuration file {path} does not exist") from error
+        except IsADirectoryError as error:
+            raise InputError(f"{path} is a folder; a configuration is a TOML file") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is not valid TOML: {error}") from error
 

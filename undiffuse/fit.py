@@ -26,6 +26,7 @@ from undiffuse.train import (
     Engine,
     Gradient,
     LevelBins,
+    Lock,
     Objective,
     Plan,
     Processes,
@@ -33,6 +34,7 @@ from undiffuse.train import (
     TrainState,
     is_sound,
     out_of_memory,
+    replace_bytes,
     replace_text,
     same_settings,
     train,
@@ -43,6 +45,7 @@ from undiffuse.watch import Left, Watch
 
 # what may differ when a run goes on
 NOT_TRAINING = {"out", "track", "engine", "eval", "solver", "grid", "guidance", "sample"}
+HOW = {"data": {"path", "bad_share", "memory_mb", "cache", "cache_gb"}, "train": {"every"}}
 
 
 class Fitted(NamedTuple):
@@ -55,7 +58,22 @@ class Fitted(NamedTuple):
 
 def _identity(config: Config) -> dict[str, Any]:
     """The settings that must be the same when a run goes on."""
-    return {k: v for k, v in config.values.items() if k not in NOT_TRAINING}
+    values = {k: v for k, v in config.values.items() if k not in NOT_TRAINING}
+    for section, names in HOW.items():
+        values[section] = {k: v for k, v in values[section].items() if k not in names}
+    return values
+
+
+def _before(out: Path) -> Config | None:
+    """The settings of the run in `out` that has something to go on from."""
+    begun = Checkpoints(out / "checkpoints").steps() or (out / "model").exists()
+    if not (out / "config.toml").is_file():
+        return None
+    if not begun and not (out / "data.json").is_file():
+        raise InputError(
+            f"{out / 'config.toml'} was written by no run: to train with it, give it by --config and another `out`"
+        )
+    return Config.resolve(Config.read(out / "config.toml")) if begun else None
 
 
 def fit(
@@ -75,9 +93,10 @@ def fit(
     engine: Engine = config.section("engine")
     processes = processes or Processes.start(engine.device)
     seed, out = config.values["seed"], Path(config.values["out"])
+    if out.exists() and not out.is_dir():
+        raise InputError(f"out={out} is a file: give the name of a folder")
     data = RunData.of(config)
-    started = (out / "config.toml").is_file()
-    before = Config.resolve(Config.read(out / "config.toml")) if started else None
+    before = _before(out)
     spectrum = processes.share(lambda: _spectrum(data, out))
     if spectrum.std == 0:
         raise InputError(f"{data.train.name}: all samples are the same; there is nothing to learn")
@@ -92,9 +111,10 @@ def fit(
     config = config.measured(sigma, len(data.held_out), batch)
     plan, identity = config.section("train"), _identity(config)
     if before is not None:
-        same_settings(_identity(before), identity, out)
-        if (out / "data.json").is_file() and not about_of(out, data.fingerprint):
+        same_name = before.values["data"]["name"] == config.values["data"]["name"]
+        if same_name and (out / "data.json").is_file() and not about_of(out, data.fingerprint):
             raise InputError(f"{out} was trained on other data of the same name: give another `out` or delete that run")
+        same_settings(_identity(before), identity, out)
         if is_sound(out / "model"):
             return Fitted(replace(Model.load(out), config=config), data.train, data.held_out)
     for note in data.notes if processes.main else ():
@@ -155,8 +175,10 @@ def _fit(
         if step:
             look(step)
 
-    first = True
-    with asked:
+    first, lock = True, Lock(out)
+    if processes.main and out.is_dir():
+        lock.take()
+    with asked, lock:
         for state in train(
             model.denoiser, data.feed(config.section("data"), engine, seed, out / "bad.jsonl"), objective, plan,
             seed=seed, checkpoints=Checkpoints(out / "checkpoints"), identity=_identity(config), ema=ema, engine=engine,
@@ -164,7 +186,8 @@ def _fit(
         ):  # fmt: skip
             if first and processes.main:
                 out.mkdir(parents=True, exist_ok=True)
-                spectrum.save(out / "spectrum.safetensors")
+                lock.take()
+                replace_bytes(out / "spectrum.safetensors", spectrum.to_bytes())
                 replace_text(out / "config.toml", config.toml())
                 replace_text(out / "data.json", json.dumps(data.about(config.section("data"))) + "\n")
             first = False

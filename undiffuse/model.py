@@ -40,6 +40,9 @@ class Model:
     names: tuple[str, ...] = ()
     scale: Statistics | None = None
 
+    def __repr__(self) -> str:
+        return f"Model({self.parameters:,} parameters, shape {self.shape}, {self.classes} classes)"
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample."""
@@ -183,6 +186,8 @@ class Model:
         folder = Path(run) / "model"
         if not Path(run).is_dir():
             raise InputError(f"run folder {run} does not exist: train one with `undiffuse train out={run}`")
+        if not folder.is_dir() and not (Path(run) / "config.toml").is_file():
+            raise InputError(f"{run} is no run folder: train one with `undiffuse train out=FOLDER`")
         if not folder.is_dir():
             raise InputError(
                 f"{run} has no finished model: run its training command again, it goes on where it stopped"

@@ -119,60 +119,86 @@ def plot_distances(table: dict[str, dict[int, float]], floor: float, label: str,
     _save(figure, path)
 
 
+def columns_for(n: int, classes: int = 0) -> int:
+    """The columns of a grid of n samples, whose classes take turns: a class a column, or several for few classes.
+
+    >>> columns_for(64), columns_for(64, 10), columns_for(64, 3), columns_for(5, 3), columns_for(64, 100)
+    (8, 10, 9, 3, 8)
+    """
+    if not 1 < classes <= min(n, 16):
+        return n if n <= 10 else 8
+    return classes * max(1, min(round(9 / classes), n // classes) if n >= 4 * classes else 1)
+
+
 def plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A run's log as four curves: loss, gradient norm, held-out error per lam relative to the best linear denoiser, and
-    distances to held-out data with their real-against-real floor."""
-    figure, axes = _figure(9.6, 6.0, 2, 2)
-    logged = [r for r in rows if "loss" in r]
-    steps = [r["step"] for r in logged]
-    for at, key, label in ((axes[0, 0], "loss", "weighted loss"), (axes[0, 1], "grad_norm", "gradient norm")):
-        values = [math.nan if r[key] is None else r[key] for r in logged]
-        at.plot(steps, values, color=MUTED, linewidth=0.8, alpha=0.7)
-        at.plot(steps, _smooth(values), color=ACCENT, linewidth=2)
-        at.set_ylabel(label, fontsize=9)
-        if any(finite := [v for v in values if math.isfinite(v)]) and min(finite) > 0:
-            at.set_yscale("log")
-    seen = [r for r in rows if "eval" in r]
-    _curves_of_levels(axes[1, 0], seen)
-    _curves_of_distances(axes[1, 1], seen)
-    for at in axes.flat:
+    """A run's log as curves: loss and gradient norm, and where it was measured held-out error per lam relative to the
+    best linear denoiser and the distance to held-out data with its real-against-real floor."""
+    logged, seen = [r for r in rows if "loss" in r], [r for r in rows if "eval" in r]
+    figure, axes = _figure(9.6, 6.0 if seen else 3.2, 2 if seen else 1, 2)
+    panels = list(axes.flat)
+    _curve(panels[0], logged, "loss", "weighted loss")
+    _curve(panels[1], logged, "grad_norm", "gradient norm")
+    if seen:
+        _curves_of_levels(panels[2], seen)
+        _curves_of_distances(panels[3], seen)
+    for at in panels:
         at.set_xlabel("step", fontsize=9)
     _save(figure, path)
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
-    """The running median of up to nine values: a spike stays a spike in the thin line alone."""
-    windows = ([v for v in values[max(0, i - 4) : i + 5] if math.isfinite(v)] for i in range(len(values)))
-    return [float(np.median(w)) if w else math.nan for w in windows]
+def _log_scale(axes: Any) -> None:
+    from matplotlib import ticker
+
+    axes.set_yscale("log")
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which(ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.7)))
+
+
+def _curve(axes: Any, rows: Sequence[dict[str, Any]], key: str, label: str, smooth: int = 9) -> None:
+    """Values over steps, with their running median where there are enough."""
+    steps, values = [r["step"] for r in rows], [math.nan if r[key] is None else r[key] for r in rows]
+    many = len(values) >= 3 * smooth
+    if not many:
+        axes.plot(steps, values, color=ACCENT, linewidth=2, marker=".")
+    else:
+        axes.plot(steps, values, color=MUTED, linewidth=0.8, alpha=0.7)
+        half, whole = smooth // 2, range(smooth // 2, len(values) - smooth // 2)
+        windows = ([v for v in values[i - half : i + half + 1] if math.isfinite(v)] for i in whole)
+        medians = [float(np.median(w)) if w else math.nan for w in windows]
+        axes.plot([steps[i] for i in whole], medians, color=ACCENT, linewidth=2)
+    axes.set_ylabel(label, fontsize=9)
+    finite = [v for v in values if math.isfinite(v)]
+    if finite and min(finite) > 0 and max(finite) > 5 * min(finite):
+        _log_scale(axes)
 
 
 def _curves_of_levels(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     axes.axhline(1, color=MUTED, linewidth=1, linestyle="--")
     axes.set_ylabel("held-out error / best linear", fontsize=9)
-    lams = [b["lam"] for b in rows[0]["eval"]["levels"]] if rows else []
-    for i, (lam, color) in enumerate(zip(lams, itertools.cycle(PALETTE), strict=False)):
-        levels = [r["eval"]["levels"][i] for r in rows]
-        axes.plot([r["step"] for r in rows], [b["mse"] / b["linear"] for b in levels], color=color, marker=".",
-                  linewidth=1.5, label=f"lam {lam:+g}")  # fmt: skip
-    axes.set_ylim(bottom=0)
-    if lams:
-        axes.legend(frameon=False, fontsize=8, ncols=2)
+    steps = [r["step"] for r in rows]
+    for i, (level, color) in enumerate(zip(rows[0]["eval"]["levels"], itertools.cycle(PALETTE), strict=False)):
+        found = [r["eval"]["levels"][i] for r in rows]
+        values = [math.nan if b["mse"] is None else b["mse"] / b["linear"] for b in found]
+        axes.plot(steps, values, color=color, marker=".", linewidth=1.5, label=f"lam {level['lam']:+g}")
+    _log_scale(axes)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _curves_of_distances(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    axes.set_ylabel("Fréchet distance", fontsize=9)
-    if rows:
-        steps = [r["step"] for r in rows]
-        axes.plot(steps, [r["eval"]["frechet"] for r in rows], color=ACCENT, marker=".", linewidth=2, label="samples")
-        axes.axhline(rows[-1]["eval"]["frechet_floor"], color=MUTED, linewidth=1, linestyle="--",
-                     label="real against real")  # fmt: skip
-        copies = axes.twinx()
-        copies.plot(steps, [r["eval"]["nearest_ratio"] for r in rows], color=PALETTE[1], marker=".", linewidth=1.5)
-        copies.set_ylabel("nearest-neighbour ratio (below 1: copies)", fontsize=8, color=PALETTE[1])
-        copies.set_ylim(0, 1.5)
-        copies.spines[["top"]].set_visible(False)
-        axes.set_ylim(bottom=0)
-        axes.legend(frameon=False, fontsize=8)
+    steps, last = [r["step"] for r in rows], rows[-1]["eval"]
+    axes.set_ylabel(f"Fréchet distance of {last['n']} samples", fontsize=9)
+    values = [math.nan if r["eval"]["frechet"] is None else r["eval"]["frechet"] for r in rows]
+    lines = axes.plot(steps, values, color=ACCENT, marker=".", linewidth=2, label="samples")
+    floor = f"{last['n']} real ones"
+    lines.append(axes.axhline(last["frechet_floor"], color=MUTED, linewidth=1, linestyle="--", label=floor))
+    copies = axes.twinx()
+    ratios = [math.nan if r["eval"]["nearest_ratio"] is None else r["eval"]["nearest_ratio"] for r in rows]
+    lines += copies.plot(steps, ratios, color=PALETTE[1], marker=".", linewidth=1.5, label="nearest-neighbour ratio")
+    copies.set_ylabel("nearest-neighbour ratio (far below 1: copies)", fontsize=8, color=PALETTE[1])
+    copies.set_ylim(0, 1.5)
+    copies.spines[["top"]].set_visible(False)
+    axes.set_ylim(bottom=0)
+    axes.legend(handles=lines, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=3)
 
 
 def data_uri(path: Path) -> str:

@@ -56,6 +56,7 @@ class RunData:
         fingerprint = source.fingerprint()
         prepare = Prepare(use.size, use.crop, use.flip, use.channels, use.normalize, use.buckets)
         prepare, found = _settled(source, prepare, about_of(Path(config.values["out"]), fingerprint))
+        found.refuse(source.name)
         held_out = config.values["held_out"]
         if "held_out" not in config.given and use.name != "digits":  # the default suits the digits
             held_out = min(held_out, len(source.test or source) // (1 if source.test else 5))

@@ -82,13 +82,17 @@ class Spectrum:
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors."""
-        from safetensors.torch import save_file
+        Path(path).write_bytes(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """As safetensors."""
+        from safetensors.torch import save
 
         tensors = {"mean": self.mean, "variances": self.variances, "shape": torch.tensor(self.shape)}
         tensors["rest"] = torch.tensor(self.rest, dtype=torch.float64)
         if self.basis is not None:
             tensors["basis"] = self.basis
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path)
+        return save({k: v.contiguous() for k, v in tensors.items()})  # type: ignore[no-any-return]
 
     @staticmethod
     def load(path: str | Path) -> Spectrum:

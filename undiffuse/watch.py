@@ -89,8 +89,8 @@ class Watch:
         }
 
     def picture(self, path: Path | None, asked: Callable[[], int] = lambda: 0) -> None:
-        """Write a grid of samples with the run's own settings, class by class; nothing for data that are no images, nor
-        where `path` is None."""
+        """Write a grid of samples with the run's own settings, a class a column; nothing for data that are no images,
+        nor where `path` is None."""
         if len(self.model.shape) != 3:
             return
 
@@ -98,9 +98,11 @@ class Watch:
             if asked():
                 raise Left
 
-        labels = torch.arange(PICTURES) % self.model.classes if self.model.classes else None
-        x = self.model.sample(PICTURES, labels, seed=2, progress=leave)
+        classes = self.model.classes
+        columns = plot.columns_for(PICTURES, classes)
+        n = columns * (PICTURES // columns)
+        x = self.model.sample(n, torch.arange(n) % classes if classes else None, seed=2, progress=leave)
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        plot.save_png(self.model.shown(x), path, columns=self.model.classes if 1 < self.model.classes <= 16 else 8)
+        plot.save_png(self.model.shown(x), path, columns)

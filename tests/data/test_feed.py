@@ -132,7 +132,7 @@ def test_wrong_shares_of_a_batch_are_refused(folder):
     for rank, world, batch in ((2, 2, 6), (-1, 1, 6), (0, 7, 6)):
         with pytest.raises(InputError, match="at least one row a process"):
             next(feed(open_folder(str(folder)), AUGMENTED).steps(1, 1, batch, rank, world))
-    with pytest.raises(InputError, match=r"data.workers = -1"):
+    with pytest.raises(InputError, match=r"engine.workers = -1"):
         feed(open_folder(str(folder)), workers=-1)
 
 
@@ -231,7 +231,7 @@ def test_a_ledger_is_written_once_over_several_runs(dirty, tmp_path):
 def test_too_many_damaged_samples_stop_the_run(dirty, tmp_path, workers):
     root, _ = dirty
     options = {"workers": workers, "ledger": tmp_path / "bad.jsonl"}
-    with pytest.raises(InputError, match=r"more than data.share = 0.005 allows.*bad.jsonl") as caught:
+    with pytest.raises(InputError, match=r"more than data.bad_share = 0.005 allows.*bad.jsonl") as caught:
         list(feed(open_folder(str(root)), Prepare(size=4, channels=1), share=0.005, **options).steps(1, 30, 20))
     assert type(caught.value) is InputError
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) >= 4

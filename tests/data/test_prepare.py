@@ -378,7 +378,6 @@ def test_statistics_survive_json():
     [
         (100.0, (1, 8, 8), "normalize=channels"),
         (0.001, (1, 8, 8), "normalize=channels"),
-        (0.5, (8, 8, 3), r"transpose\(0, 3, 1, 2\)"),
         (0.5, (3, 8, 8), None),
         (0.5, (2, 1), None),
     ],
@@ -387,6 +386,13 @@ def test_suspicious_data_are_pointed_out(scale, shape, why):
     x = np.random.default_rng(0).normal(size=(20, *shape)) * scale
     text = "; ".join(measure(Arrays(x), Prepare()).warnings())
     assert re.search(why, text) if why else text == ""
+
+
+def test_channels_that_come_last_are_refused():
+    x = np.zeros((20, 8, 8, 3), np.float32)
+    with pytest.raises(InputError, match=r"transpose\(0, 3, 1, 2\)"):
+        measure(Arrays(x), Prepare()).refuse("x")
+    measure(Arrays(x.transpose(0, 3, 1, 2)), Prepare()).refuse("x")
 
 
 def test_settling_reads_fewer_samples_where_nothing_depends_on_them():

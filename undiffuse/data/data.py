@@ -44,6 +44,9 @@ class Data:
                 raise InputError(f"{self.name}: labels must be {len(x)} whole numbers >= 0")
             object.__setattr__(self, "labels", labels.long())
 
+    def __repr__(self) -> str:
+        return f"Data({self.name}: {len(self)} samples of shape {tuple(self.x.shape[1:])}, {self.classes} classes)"
+
     @property
     def classes(self) -> int:
         """The number of classes; 0 without labels."""

@@ -148,7 +148,9 @@ class Feed:
 
     def __post_init__(self) -> None:
         if self.workers < 0 or not 0 <= self.share <= 1:
-            raise InputError(f"data.workers = {self.workers}, data.share = {self.share}: expected >= 0, and 0 to 1")
+            raise InputError(
+                f"engine.workers = {self.workers}, data.bad_share = {self.share}: expected >= 0, and 0 to 1"
+            )
         kept = Cached(self.source, self.prepare.decode, self.cache // max(1, self.workers)) if self.cache else None
         object.__setattr__(self, "_cached", kept or self.source)
 
@@ -201,9 +203,9 @@ class Feed:
         if bad > allowed:
             where = f"; all are listed in {self.ledger}" if self.ledger else ""
             raise InputError(
-                f"{self.source.name}: {bad} of {seen} samples read cannot be decoded, more than data.share = "
+                f"{self.source.name}: {bad} of {seen} samples read cannot be decoded, more than data.bad_share = "
                 f"{self.share:g} allows; the last, {last.where}: {last.reason}{where}. Mend or remove them, or raise "
-                "data.share"
+                "data.bad_share"
             )
 
 

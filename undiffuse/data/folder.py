@@ -146,7 +146,10 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             return
         for line, text in enumerate(file, 1):
             if text.strip():
-                row = json.loads(text)
+                try:
+                    row = json.loads(text)
+                except ValueError as error:
+                    raise ValueError(f"line {line}: {error}") from error
                 if not isinstance(row, dict):
                     raise ValueError(f"line {line} is not an object: {text.strip()[:80]}")
                 yield line, row

@@ -63,6 +63,8 @@ def _hint(name: str) -> str:
     if near:
         return f"did you mean {near[0]!r}?"
     missing = "there is no such file or folder; " if "/" in name or "." in name else ""
+    if Path(name).expanduser().is_file():
+        missing = "a single file of another kind; "
     return f"{missing}built in: {', '.join(BUILT_IN)}; or give {_KINDS}"
 
 

@@ -73,12 +73,25 @@ class Statistics:
                 f"values lie in [{self.low:.4g}, {self.high:.4g}] with standard deviation {std:.3g}, far from [-1, 1]: "
                 "set data.normalize=channels, or scale them"
             )
-        if len(self.shape) == 3 and self.shape[-1] in (1, 3, 4) and self.shape[0] > 4 and self.shape[1] > 1:
+        elif self.low >= 0 and 0.5 < self.high <= 1:
             out.append(
-                f"samples of shape {self.shape} look like channels last: save them as (n, {self.shape[2]}, "
-                f"{self.shape[0]}, {self.shape[1]}), x.transpose(0, 3, 1, 2)"
+                f"values lie in [{self.low:.4g}, {self.high:.4g}], not in [-1, 1]: give 2 x - 1, bytes, or "
+                "data.normalize=channels"
+            )
+        if len(self.shape) == 2 and self.shape[0] > 4 and self.shape[1] < 4 * self.shape[0]:
+            out.append(
+                f"samples of shape {self.shape} are taken for signals of {self.shape[1]} values with {self.shape[0]} "
+                f"channels; grey pictures are (n, 1, {self.shape[0]}, {self.shape[1]}), x[:, None]"
             )
         return out
+
+    def refuse(self, name: str) -> None:
+        """InputError for pictures whose channels come last, since a network would take rows for channels."""
+        if len(self.shape) == 3 and self.shape[-1] in (1, 3, 4) and self.shape[0] > 4 and self.shape[1] > 1:
+            raise InputError(
+                f"{name}: samples of shape {self.shape} look like channels last: save them as (n, {self.shape[2]}, "
+                f"{self.shape[0]}, {self.shape[1]}), x.transpose(0, 3, 1, 2)"
+            )
 
 
 def measure(source: Source, prepare: Prepare, limit: int = LIMIT, seed: int = 0) -> Statistics:

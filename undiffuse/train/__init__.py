@@ -2,7 +2,7 @@
 
 from undiffuse.train.bins import LevelBins
 from undiffuse.train.checkpoint import MANIFEST, Checkpoints, commit, is_sound, load_weights, verify, weights
-from undiffuse.train.durable import replace_bytes, replace_text, sha256, sweep
+from undiffuse.train.durable import Lock, replace_bytes, replace_text, sha256, sweep
 from undiffuse.train.ema import EMA
 from undiffuse.train.feed import Feed, Rows
 from undiffuse.train.gradient import Gradient, out_of_memory
@@ -11,18 +11,20 @@ from undiffuse.train.objective import LEVELS, WEIGHTS, Objective
 from undiffuse.train.plan import Engine, Plan, same_settings
 from undiffuse.train.processes import Lost, Processes, launched
 from undiffuse.train.stop import Preempted, Signals
-from undiffuse.train.track import Tracker, read_log
+from undiffuse.train.track import TRACKERS, Tracker, read_log
 
 __all__ = [
     "EMA",
     "LEVELS",
     "MANIFEST",
+    "TRACKERS",
     "WEIGHTS",
     "Checkpoints",
     "Engine",
     "Feed",
     "Gradient",
     "LevelBins",
+    "Lock",
     "Lost",
     "NonFinite",
     "Objective",

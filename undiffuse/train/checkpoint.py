@@ -189,8 +189,8 @@ def load_weights(module: nn.Module, path: Path) -> None:
 class Checkpoints:
     """The checkpoints step-N in a folder; `latest` is computed from manifests that verify, never from a pointer."""
 
-    def __init__(self, root: Path, keep: int = 2) -> None:
-        self.root, self.keep = root, max(2, keep)
+    def __init__(self, root: str | Path, keep: int = 2) -> None:
+        self.root, self.keep = Path(root), max(2, keep)
 
     def steps(self) -> list[int]:
         """The steps for which there is a folder, oldest first."""

@@ -10,6 +10,9 @@ import re
 import socket
 import time
 from pathlib import Path
+from typing import BinaryIO
+
+from undiffuse.types import InputError
 
 
 def alive(process: int) -> bool:
@@ -86,3 +89,42 @@ def sweep(folder: Path, name: str) -> None:
                 here = match[1] == socket.gethostname()
                 if not alive(int(match[2])) if here else time.time() - path.stat().st_mtime > 86_400:
                     path.unlink()
+
+
+class Lock:
+    """A folder for one process at a time: held from `take` until the `with` block or the process ends.
+
+    A POSIX record lock, which worker processes do not inherit; where there is none, nothing is held.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ".lock"
+        self.file: BinaryIO | None = None
+
+    def take(self) -> None:
+        """Hold it; InputError if another process does."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        if self.file is not None:
+            return
+        file = open(self.path, "a+b")  # noqa: SIM115 (it is open as long as the lock is held)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise InputError(
+                    f"{self.path.parent} is in use by another process: wait for it to end, or give another `out`"
+                ) from error
+            return  # a file system without locks
+        self.file = file
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None

@@ -110,7 +110,9 @@ def train(
         raise InputError("train.batch=auto is resolved by `fit`: give `train` a number")
     if batch % processes.world:
         raise InputError(f"train.batch={batch} cannot be shared by {processes.world} processes: give a multiple of it")
-    feed: Feed = InMemory(data, cond, seed) if isinstance(data, Tensor) else data
+    feed: Feed = _in_memory(data, cond, seed) if isinstance(data, Tensor) else data
+    if not hasattr(feed, "steps"):
+        raise InputError(f"train takes a tensor x (n, ...) or a Feed, got {type(data).__name__}: torch.as_tensor(x)?")
     model.to(processes.device)
     ema = ema or EMA(model, plan.ema_gamma)
     ema.average.to(processes.device)
@@ -149,6 +151,17 @@ def train(
                 files.save(checkpoints, step, processes)
             if number:
                 raise end(number)
+
+
+def _in_memory(x: Tensor, cond: Any, seed: int) -> InMemory:
+    """The tensor as a feed; InputError for what cannot be trained on."""
+    if not x.is_floating_point() or len(x) == 0:
+        raise InputError(
+            f"train takes floats in the model's range, got {x.dtype} of shape {tuple(x.shape)}: x / 127.5 - 1?"
+        )
+    if cond is not None and not hasattr(cond, "drop"):
+        raise InputError(f"cond must be a Cond, such as Label(10)(labels), got {type(cond).__name__}")
+    return InMemory(x, cond, seed)
 
 
 class _Draws:

@@ -9,6 +9,15 @@ from typing import Any, Literal
 
 from undiffuse.types import InputError
 
+_WANTED = {
+    **dict.fromkeys(("steps", "batch"), "at least 1"),
+    **dict.fromkeys(("warmup", "weight_decay", "ema_gamma", "every"), "at least 0"),
+    **dict.fromkeys(("decay", "cond_dropout"), "from 0 to 1"),
+    "lr": "above 0",
+    "clip": "above 0",
+    "precision": "float32, bf16 or fp16",
+}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -34,10 +43,14 @@ class Plan:
     precision: Literal["float32", "bf16", "fp16"] = "float32"
 
     def __post_init__(self) -> None:
+        for name in ("steps", "batch", "warmup", "every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and (name, value) != ("batch", "auto"):
+                raise InputError(f"train.{name} must be a whole number, got {value!r}")
         for name, ok in {
             "steps": self.steps >= 1,
-            "batch": self.batch == "auto" or (isinstance(self.batch, int) and self.batch >= 1),
-            "lr": self.lr > 0,
+            "batch": self.batch == "auto" or int(self.batch) >= 1,
+            "lr": 0 < self.lr < math.inf,
             "warmup": self.warmup >= 0,
             "decay": 0 <= self.decay <= 1,
             "weight_decay": self.weight_decay >= 0,
@@ -48,7 +61,7 @@ class Plan:
             "precision": self.precision in ("float32", "bf16", "fp16"),
         }.items():
             if not ok:
-                raise InputError(f"train.{name} = {getattr(self, name)} is out of range: see `undiffuse info config`")
+                raise InputError(f"train.{name} = {getattr(self, name)} is out of range: {_WANTED[name]}")
 
     def rate(self, step: int) -> float:
         """The learning rate of step 1, 2, ..., steps."""

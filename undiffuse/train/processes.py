@@ -47,7 +47,11 @@ class Processes:
             return Processes(device=torch.device(use))
         from accelerate import PartialState
 
-        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=patience)
+        try:
+            state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=patience)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise Lost(f"the processes of this run cannot reach each other: {reason}") from error
         where = torch.device("cpu") if state.device.type == "cpu" else state.device
         return Processes(state.process_index, state.num_processes, where)
 
@@ -151,7 +155,7 @@ class Processes:
         if sharding == "fsdp":
             shard(module, self)
             return module
-        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(module)
 
 
 def parts(module: nn.Module) -> list[nn.Module]:

@@ -12,6 +12,7 @@ from typing import Any
 from undiffuse.types import InputError
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+TRACKERS = ("auto", "none", *PACKAGES)
 
 
 def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
