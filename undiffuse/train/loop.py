@@ -133,7 +133,8 @@ def train(
         stack.callback(getattr(reading, "close", lambda: None))  # a generator may hold worker processes
         draw = _Draws(objective, batch, seed, plan.cond_dropout, processes)
         for step, rows in enumerate(reading, start + 1):
-            model.train()
+            if not model.training:
+                model.train()
             given = draw(step, rows)
             if step == start + 1:
                 gradient.probe(*given)
@@ -207,7 +208,7 @@ def _step(
     overflow = scaler.is_enabled() and math.isfinite(value) and gradient.overflows(math.isfinite(size))
     if not overflow and not (math.isfinite(value) and math.isfinite(size)):
         raise _diagnosis(step, loss, lam, rows, model)
-    if not overflow:
+    if not overflow and size + 1e-6 > plan.clip:  # else it would multiply by 1
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), plan.clip, norm)
     scaler.step(optimiser)
     scaler.update()
