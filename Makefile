@@ -4,7 +4,7 @@ BIN := .venv/bin
 PEERS := .venv-peers/bin/python
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench bench-solvers peers bench-training clean
+.PHONY: demo test lint bench bench-solvers bench-faults bench-scale peers bench-training clean
 .DEFAULT_GOAL := demo
 
 .venv/.base: pyproject.toml constraints.txt
@@ -55,6 +55,12 @@ peers: .venv-peers/.done
 
 bench-training: .venv-peers/.done
 	$(PEERS) benchmarks/training/run.py
+
+bench-faults: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py
+
+bench-scale: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scale/run.py
 
 clean:
 	rm -rf .venv .venv-peers runs

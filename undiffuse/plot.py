@@ -146,12 +146,17 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def _log_scale(axes: Any) -> None:
+def _log_scale(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis where positive values span more than a factor of five."""
     from matplotlib import ticker
 
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite or min(finite) <= 0 or max(finite) <= 5 * min(finite):
+        return
     axes.set_yscale("log")
-    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        which(ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.7)))
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _curve(axes: Any, rows: Sequence[dict[str, Any]], key: str, label: str, smooth: int = 9) -> None:
@@ -167,20 +172,19 @@ def _curve(axes: Any, rows: Sequence[dict[str, Any]], key: str, label: str, smoo
         medians = [float(np.median(w)) if w else math.nan for w in windows]
         axes.plot([steps[i] for i in whole], medians, color=ACCENT, linewidth=2)
     axes.set_ylabel(label, fontsize=9)
-    finite = [v for v in values if math.isfinite(v)]
-    if finite and min(finite) > 0 and max(finite) > 5 * min(finite):
-        _log_scale(axes)
+    _log_scale(axes, values)
 
 
 def _curves_of_levels(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     axes.axhline(1, color=MUTED, linewidth=1, linestyle="--")
     axes.set_ylabel("held-out error / best linear", fontsize=9)
-    steps = [r["step"] for r in rows]
+    steps, drawn = [r["step"] for r in rows], [1.0]
     for i, (level, color) in enumerate(zip(rows[0]["eval"]["levels"], itertools.cycle(PALETTE), strict=False)):
         found = [r["eval"]["levels"][i] for r in rows]
         values = [math.nan if b["mse"] is None else b["mse"] / b["linear"] for b in found]
         axes.plot(steps, values, color=color, marker=".", linewidth=1.5, label=f"lam {level['lam']:+g}")
-    _log_scale(axes)
+        drawn += values
+    _log_scale(axes, drawn)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
