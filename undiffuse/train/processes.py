@@ -47,8 +47,10 @@ class Processes:
             return Processes(device=torch.device(use))
         from accelerate import PartialState
 
+        cpu = device == "cpu" or not torch.cuda.is_available()
         try:
-            state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=patience)
+            _join("gloo" if cpu else "nccl", patience)
+            state = PartialState(cpu=cpu, timeout=patience)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise Lost(f"the processes of this run cannot reach each other: {reason}") from error
@@ -156,6 +158,21 @@ class Processes:
             shard(module, self)
             return module
         return nn.parallel.DistributedDataParallel(module)
+
+
+def _join(backend: str, patience: timedelta) -> None:
+    """Join the group by torchrun's store, in a part of it for each attempt.
+
+    The store outlives restarts, and a process that is started again would find there the address of one that is gone.
+    Without torchrun there is no such store, and accelerate joins by itself.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=patience)
+    attempt = f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    mine = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
+    rank = int(os.environ["RANK"])
+    dist.init_process_group(backend, store=mine, rank=rank, world_size=launched(), timeout=patience)
 
 
 def parts(module: nn.Module) -> list[nn.Module]:
