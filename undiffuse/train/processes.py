@@ -168,9 +168,10 @@ def _join(backend: str, patience: timedelta) -> None:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
         return
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=patience)
-    attempt = f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    mine = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
+    c10d: Any = dist  # which does not list its stores
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = c10d.TCPStore(host, port, is_master=False, timeout=patience)
+    mine = c10d.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     rank = int(os.environ["RANK"])
     dist.init_process_group(backend, store=mine, rank=rank, world_size=launched(), timeout=patience)
 
