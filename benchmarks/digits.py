@@ -14,14 +14,15 @@ from common import table, write
 from undiffuse import DDIM, DDPM, DPMpp2M, UniformT
 from undiffuse.data import Data
 from undiffuse.evals import Reader, distances
-from undiffuse.fit import split
 from undiffuse.model import Model
+from undiffuse.rundata import RunData
 
 
 def main() -> None:
     run = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
     model = Model.load(run)
-    train, held_out = split(model.config)
+    data = RunData.of(model.config)
+    train, held_out = data.train, data.held_out
     reader = Reader(held_out)
     if len(sys.argv) > 2:
         held_out = Data(held_out.x[: int(sys.argv[2])], held_out.labels[: int(sys.argv[2])])
