@@ -122,10 +122,11 @@ def test_a_sharded_run_writes_a_model_that_loads(pictures, tmp_path, alone):
     settings = {"engine": {"sharding": "fsdp"}}
     together(run_sharded, pictures, tmp_path / "fsdp", settings)
     model = Model.load(tmp_path / "fsdp")
-    assert torch.isfinite(model.sample(2, label=1, steps=2)).all()
-    plain = Model.load(tmp_path / "run").denoiser.state_dict()
+    plain = Model.load(tmp_path / "run")
     for name, value in model.denoiser.state_dict().items():
-        assert torch.allclose(value, plain[name], atol=1e-3), name
+        assert torch.allclose(value, plain.denoiser.state_dict()[name], atol=1e-3), name
+    a, b = (m.sample(2, label=1, steps=2) for m in (model, plain))
+    assert float((a - b).norm() / b.norm()) < 0.01
 
 
 def run_sharded(data, out, more, stop=None):

@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import pydantic
 import tomli_w
 
+from undiffuse.data import Prepare
 from undiffuse.grid import GRIDS
 from undiffuse.guide import GUIDES
 from undiffuse.nets import NETS
@@ -95,6 +96,10 @@ class DataConfig:
     lanes: int = 1
     cache: str = ""
     cache_gb: float = 8.0
+
+    def prepare(self) -> Prepare:
+        """How samples are made of what is read."""
+        return Prepare(self.size, self.crop, self.flip, self.channels, self.normalize, self.buckets)
 
     def __post_init__(self) -> None:
         for name, ok in {

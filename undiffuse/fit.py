@@ -153,7 +153,7 @@ def _fit(
     averaged, use = replace(model, denoiser=average), config.section("eval")
     log, asked = Log(out, config, processes.main), Signals()
     watch = Watch(averaged, data.train, data.held_out, use.n) if use.every else None
-    sharded = processes.world > 1 and engine.sharding == "fsdp"
+    sharded = processes.shards(engine.sharding)
     watching = Signals() if sharded else asked  # none may leave while others gather
 
     def look(step: int) -> None:

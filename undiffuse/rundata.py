@@ -54,8 +54,7 @@ class RunData:
         use: DataConfig = config.section("data")
         source = open_source(use.name, use.path or None, use.cache or None, int(use.cache_gb * 2**30))
         fingerprint = source.fingerprint()
-        prepare = Prepare(use.size, use.crop, use.flip, use.channels, use.normalize, use.buckets)
-        prepare, found = _settled(source, prepare, about_of(Path(config.values["out"]), fingerprint))
+        prepare, found = _settled(source, use.prepare(), about_of(Path(config.values["out"]), fingerprint))
         found.refuse(source.name)
         held_out = config.values["held_out"]
         if "held_out" not in config.given and use.name != "digits":  # the default suits the digits
@@ -75,7 +74,6 @@ class RunData:
 
     def about(self, use: DataConfig) -> dict[str, Any]:
         """What a run folder keeps of the data, so that nothing is measured twice."""
-        asked = Prepare(use.size, use.crop, use.flip, use.channels, use.normalize, use.buckets)
         return {
             "name": self.source.name,
             "samples": len(self.source),
@@ -83,7 +81,7 @@ class RunData:
             "fingerprint": self.fingerprint,
             "statistics": json.loads(self.statistics.to_json()),
             "channels": self.prepare.channels,
-            "asked": repr(asked),
+            "asked": repr(use.prepare()),
             "prepare": repr(self.prepare),
         }
 

@@ -45,6 +45,16 @@ class Left(Exception):
     """The watch was asked to end."""
 
 
+def _leaving(asked: Callable[[], int]) -> Callable[[State], None]:
+    """What raises Left after the solver's step in which a signal came."""
+
+    def leave(state: State) -> None:
+        if asked():
+            raise Left
+
+    return leave
+
+
 class Watch:
     """Measures a model on held-out data with fixed seeds: equal weights give equal numbers and an equal picture.
 
@@ -70,12 +80,7 @@ class Watch:
 
     def measure(self, asked: Callable[[], int] = lambda: 0) -> dict[str, Any]:
         """The row's numbers; raises Left when `asked()` gives a signal."""
-
-        def leave(state: State) -> None:
-            if asked():
-                raise Left
-
-        x = self.model.sample(self.n, self.held_out.labels, guidance=1.0, seed=1, progress=leave).cpu()
+        x = self.model.sample(self.n, self.held_out.labels, guidance=1.0, seed=1, progress=_leaving(asked)).cpu()
         x = x if self.model.scale is None else self.model.scale.apply(x)
         found = distances(self._features(x), self._features(self.held_out.x)) if bool(torch.isfinite(x).all()) else None
         return {
@@ -93,15 +98,10 @@ class Watch:
         nor where `path` is None."""
         if len(self.model.shape) != 3:
             return
-
-        def leave(state: State) -> None:
-            if asked():
-                raise Left
-
         classes = self.model.classes
         columns = plot.columns_for(PICTURES, classes)
         n = columns * (PICTURES // columns)
-        x = self.model.sample(n, torch.arange(n) % classes if classes else None, seed=2, progress=leave)
+        x = self.model.sample(n, torch.arange(n) % classes if classes else None, seed=2, progress=_leaving(asked))
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)

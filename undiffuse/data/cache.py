@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import json
 import os
@@ -9,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
@@ -146,6 +147,30 @@ class Cache:
             aside.write_text(json.dumps(found))
             aside.replace(path)
         return found
+
+
+class Shards:
+    """What sources of shards share: finding a sample's shard, and the fingerprint."""
+
+    places: tuple[str, ...]
+    _starts: list[int]
+
+    def _stamps(self) -> Iterable[tuple[Any, Any]]:
+        """Each shard's size and time, and its samples as they were found."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def _find(self, i: int) -> tuple[int, int]:
+        """The shard of sample i, and its place there."""
+        shard = bisect.bisect_right(self._starts, i) - 1
+        return shard, i - self._starts[shard]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the shards' names, sizes and times (of remote ones their names) and their numbers of samples."""
+        stamps = zip(self.places, self._stamps(), strict=True)
+        return digest(*(json.dumps([Path(place).name, *stamp]) for place, stamp in stamps))
 
 
 @contextlib.contextmanager

@@ -158,6 +158,7 @@ class Windowed:
     lanes: int = 1
     _starts: Tensor = field(init=False, repr=False)
     _shards: list[list[int]] = field(init=False, repr=False)
+    _lengths: list[int] = field(init=False, repr=False)
     _epoch: _Recent = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -176,7 +177,7 @@ class Windowed:
             load[lane] += self.counts[shard]
         starts = torch.tensor([0, *self.counts]).cumsum(0)
         recent = _Recent(self._order, 2 * self.lanes)
-        for name, value in {"_starts": starts, "_shards": dealt, "_epoch": recent}.items():
+        for name, value in {"_starts": starts, "_shards": dealt, "_lengths": load, "_epoch": recent}.items():
             object.__setattr__(self, name, value)
 
     def _order(self, lane: int, epoch: int) -> Tensor:
@@ -194,7 +195,7 @@ class Windowed:
         out = torch.empty_like(index)
         for lane in torch.unique(index % self.lanes).tolist():
             mine = index % self.lanes == lane
-            n = sum(self.counts[s] for s in self._shards[lane])
+            n = self._lengths[lane]
             out[mine] = _look_up(index[mine] // self.lanes, n, lambda e, lane=lane: self._epoch(lane, e))  # type: ignore[misc]
         return out
 

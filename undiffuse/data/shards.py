@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import glob
 import io
 import itertools
@@ -12,17 +11,17 @@ import re
 import tarfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from undiffuse.data.cache import Cache, Recent, default_cache, is_remote, suffix
+from undiffuse.data.cache import Cache, Recent, Shards, default_cache, is_remote, suffix
 from undiffuse.data.folder import METADATA
 from undiffuse.data.picture import SUFFIXES
-from undiffuse.data.source import Raw, Source, Unreadable, digest
+from undiffuse.data.source import Raw, Source, Unreadable
 from undiffuse.data.tensors import Tensors, check_job
 from undiffuse.types import InputError
 
@@ -140,7 +139,7 @@ class _Sample:
 
 
 @dataclass(frozen=True, eq=False)
-class Tar:
+class Tar(Shards):
     """Samples of .tar shards by number: an index of every shard, made once, says where each lies.
 
     Pictures or .npy become x; .cls the label; .txt the text; .json its text and label; depth.*, segmentation.* and
@@ -181,13 +180,10 @@ class Tar:
             what = ", ".join(f"{n} .{ending}" for ending, n in ignored.most_common(8))
             warnings.warn(f"{self.name}: members of unknown kinds are passed over: {what}", stacklevel=3)
 
-    def __len__(self) -> int:
-        return self._starts[-1]
-
     def read(self, i: int) -> Raw:
-        shard = bisect.bisect_right(self._starts, i) - 1
+        shard, k = self._find(i)
         file, samples = self._recent.get(shard, lambda: (self._shard(shard), 0))
-        sample = samples[i - self._starts[shard]]
+        sample = samples[k]
         where = f"{self.places[shard]}/{sample.name}"
         if sample.wrong:
             raise Unreadable(where, sample.wrong)
@@ -197,12 +193,8 @@ class Tar:
         place = self.places[shard]
         return self.cache.open(place), [_Sample(s) for s in self.cache.index(place, tar_index)["samples"]]
 
-    def fingerprint(self) -> str:
-        """SHA-256 over the shards' names, sizes and times (of remote ones their names) and their numbers of samples."""
-        stamps = [self.cache.index(place, tar_index)["stamp"] for place in self.places]
-        return digest(
-            *(json.dumps([Path(p).name, *rest]) for p, *rest in zip(self.places, stamps, self.counts, strict=True))
-        )
+    def _stamps(self) -> Iterable[tuple[Any, Any]]:
+        return zip((self.cache.index(place, tar_index)["stamp"] for place in self.places), self.counts, strict=True)
 
 
 def _at(file: BinaryIO, where: str, offset: int, size: int) -> bytes:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from undiffuse.data.cache import Cache, Recent
+from undiffuse.data.cache import Cache, Recent, Shards
 from undiffuse.data.source import Raw, Source, Unreadable, digest
 from undiffuse.types import InputError
 
@@ -149,7 +148,7 @@ def parquet_index(file: BinaryIO) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class Tables:
+class Tables(Shards):
     """Rows of .parquet files by number; a row group is read whole and kept while it is in use.
 
     Each row group counts as a shard, unless all together take little memory.
@@ -193,18 +192,15 @@ class Tables:
         if not sum(rows):
             raise InputError(f"{self.name}: the tables have no rows")
 
-    def __len__(self) -> int:
-        return self._starts[-1]
-
     def read(self, i: int) -> Raw:
-        group = bisect.bisect_right(self._starts, i) - 1
+        group, at = self._find(i)
         place, k = self._groups[group]
         table = self._recent.get(group, lambda: self._read_group(place, k))
-        row = table.slice(i - self._starts[group], 1).to_pylist()[0]
+        row = table.slice(at, 1).to_pylist()[0]
         for name in [self._plan.x, *self._plan.others.values()]:
             if isinstance(row.get(name), list):
                 row[name] = _typed(row[name], table.schema.field(name).type)
-        return to_raw(row, self._plan, self._numbers, f"{place}[{i - self._starts[group]} of group {k}]")
+        return to_raw(row, self._plan, self._numbers, f"{place}[{at} of group {k}]")
 
     def _read_group(self, place: str, k: int) -> tuple[Any, int]:
         """A row group as an arrow table, and its bytes; read in pieces, lest a packed column take all memory."""
@@ -232,12 +228,9 @@ class Tables:
         except Exception as error:  # damaged files raise nearly anything
             raise Unreadable(f"{place} (row group {k})", str(error)) from error
 
-    def fingerprint(self) -> str:
-        """SHA-256 over the files' names, sizes and times (of remote ones their names) and their rows."""
-        found = [self.cache.index(place, parquet_index) for place in self.places]
-        return digest(
-            *(json.dumps([Path(p).name, i["stamp"], i["groups"]]) for p, i in zip(self.places, found, strict=True))
-        )
+    def _stamps(self) -> Iterable[tuple[Any, Any]]:
+        found = (self.cache.index(place, parquet_index) for place in self.places)
+        return ((index["stamp"], index["groups"]) for index in found)
 
 
 def _typed(value: list[Any], kind: Any) -> np.ndarray | list[Any]:

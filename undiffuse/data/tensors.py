@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from undiffuse.data.arrays import open_arrays
-from undiffuse.data.cache import Cache, Recent
-from undiffuse.data.source import Arrays, Raw, Source, Unreadable, digest
+from undiffuse.data.cache import Cache, Recent, Shards
+from undiffuse.data.source import Arrays, Raw, Source, Unreadable
 from undiffuse.types import InputError
 
 JOB, LEDGER = "job.json", "ledger.jsonl"  # of a folder of samples: its settings, and a line for each shard at the end
@@ -47,7 +47,7 @@ def tensors_index(file: BinaryIO) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class Tensors:
+class Tensors(Shards):
     """Samples of .safetensors shards by number: an index of every shard, made once, says how many each has."""
 
     name: str
@@ -73,28 +73,21 @@ class Tensors:
         for key, value in values.items():
             object.__setattr__(self, key, value)
 
-    def __len__(self) -> int:
-        return self._starts[-1]
-
     def read(self, i: int) -> Raw:
-        shard = bisect.bisect_right(self._starts, i) - 1
+        shard, k = self._find(i)
         place = self.places[shard]
         try:
             found = self._recent.get(shard, lambda: self._shard(place))
         except InputError as error:
             raise Unreadable(place, str(error)) from error
-        if i - self._starts[shard] >= len(found):
+        if k >= len(found):
             raise Unreadable(place, "the shard was changed")
-        return found.read(i - self._starts[shard])
+        return found.read(k)
 
     def _shard(self, place: str) -> tuple[Arrays, int]:
         with self.cache.open(place) as file:
             found = open_arrays(Path(file.name))
         return replace(found, where=place), found.x.nbytes
 
-    def fingerprint(self) -> str:
-        """SHA-256 over the shards' names, sizes and times (of remote ones their names) and their numbers of samples."""
-        stamps = [self.cache.index(place, tensors_index)["stamp"] for place in self.places]
-        return digest(
-            *(json.dumps([Path(p).name, *rest]) for p, *rest in zip(self.places, stamps, self.counts, strict=True))
-        )
+    def _stamps(self) -> Iterable[tuple[Any, Any]]:
+        return zip((self.cache.index(place, tensors_index)["stamp"] for place in self.places), self.counts, strict=True)

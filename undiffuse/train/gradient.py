@@ -68,7 +68,7 @@ class Gradient:
         self, model: Denoiser, objective: Objective, precision: str, engine: Engine, processes: Processes, seed: int
     ) -> None:
         self.inner = _Losses(model, objective, precision)
-        self.module = processes.spread(self.inner, engine.sharding)
+        self.module, self.sharding = processes.spread(self.inner, engine.sharding), engine.sharding
         self.processes, self.seed, self.micro = processes, seed, engine.micro
         self.skips = 0
         if precision == "fp16" and self.sharded:
@@ -84,39 +84,18 @@ class Gradient:
     @property
     def sharded(self) -> bool:
         """Whether parameters are shards (FSDP2)."""
-        return self.processes.world > 1 and not isinstance(self.module, DistributedDataParallel)
+        return self.processes.shards(self.sharding)
 
     def __call__(self, x0: Tensor, eps: Tensor, level: Level, cond: Any, index: Tensor) -> Loss:
         """The rows' losses; x0, eps (b, *data), level (b,), `cond` of b rows or None, `index` (b,) in the whole run."""
-        self.micro = min(self.micro or len(x0), len(x0))
-        while True:
-            try:
-                with self.processes.talking():
-                    return self._run(self.module, x0, eps, level, cond, index)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                if self.processes.world > 1:
-                    raise InputError(
-                        f"memory ran out in process {self.processes.rank} with {self.micro} rows a network call: give "
-                        f"engine.micro={max(1, self.micro // 2)} or less; the run goes on from its checkpoint"
-                    ) from error
-                self._halve(error)
+        return self._fitting(self.module, self.processes.world == 1, x0, eps, level, cond, index)
 
     def probe(self, x0: Tensor, eps: Tensor, level: Level, cond: Any, index: Tensor) -> None:
         """Before the first step of several processes, agree on a `micro` that fits in all: later, one that runs out
         would leave the others waiting."""
-        self.micro = min(self.micro or len(x0), len(x0))
         if self.processes.world == 1 or self.sharded:
             return
-        while True:
-            try:
-                self._run(self.inner, x0, eps, level, cond, index)
-                break
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                self._halve(error)
+        self._fitting(self.inner, True, x0, eps, level, cond, index)
         self.clear()
         self.micro = self.processes.least(self.micro)
 
@@ -124,6 +103,23 @@ class Gradient:
         """Forget the gradients."""
         for p in self.inner.parameters():
             p.grad = None
+
+    def _fitting(self, module: nn.Module, alone: bool, x0: Tensor, *rest: Any) -> Loss:
+        """The rows' losses, in calls that fit in memory; an error where others wait for this process's call."""
+        self.micro = min(self.micro or len(x0), len(x0))
+        while True:
+            try:
+                with self.processes.talking():
+                    return self._run(module, x0, *rest)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                if not alone:
+                    raise InputError(
+                        f"memory ran out in process {self.processes.rank} with {self.micro} rows a network call: give "
+                        f"engine.micro={max(1, self.micro // 2)} or less; the run goes on from its checkpoint"
+                    ) from error
+                self._halve(error)
 
     def _halve(self, error: BaseException) -> None:
         self.clear()

@@ -150,11 +150,15 @@ class Processes:
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
+    def shards(self, sharding: str) -> bool:
+        """Whether parameters are shards in this group."""
+        return self.world > 1 and sharding == "fsdp"
+
     def spread(self, module: nn.Module, sharding: str) -> nn.Module:
         """The module for this group: itself, DistributedDataParallel, or sharded in place by FSDP2."""
         if self.world == 1:
             return module
-        if sharding == "fsdp":
+        if self.shards(sharding):
             shard(module, self)
             return module
         return nn.parallel.DistributedDataParallel(module)
