@@ -4,7 +4,7 @@ BIN := .venv/bin
 PEERS := .venv-peers/bin/python
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench bench-solvers bench-faults bench-scale peers bench-training clean
+.PHONY: demo test lint bench bench-solvers bench-faults bench-scale bench-evaluate peers bench-training clean
 .DEFAULT_GOAL := demo
 
 .venv/.base: pyproject.toml constraints.txt
@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .venv/.dev: .venv/.base
 	$(PIP) -c constraints.txt -e '.[dev]'
-	$(PIP) -c constraints.txt --no-deps k-diffusion
+	$(PIP) -c constraints.txt --no-deps k-diffusion torch-fidelity prdc
 	@touch $@
 
 demo: .venv/.base
@@ -58,6 +58,9 @@ bench-training: .venv-peers/.done
 
 bench-faults: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py
+
+bench-evaluate: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluate.py
 
 bench-scale: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scale/run.py

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -107,3 +109,32 @@ def load_k_diffusion() -> ModuleType:
         for name in touched:
             sys.modules.pop(name, None)
         sys.modules.update(before)
+
+
+@contextlib.contextmanager
+def load_torch_fidelity() -> Iterator[Callable[[str], Any]]:
+    """What imports a module of torch-fidelity by name. It imports torchvision for pictures: where that is missing a
+    stand-in serves, and at the end the modules, which have seen it, are forgotten."""
+    stand_ins = ["torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"]
+    missing = [] if importlib.util.find_spec("torchvision") else stand_ins
+    modules = {name: ModuleType(name) for name in missing}
+    for path, module in modules.items():
+        module.__path__ = []
+        module.__dict__.update(dict.fromkeys(("CIFAR10", "CIFAR100", "STL10"), type("Pictures", (), {})))
+        parent, _, child = path.rpartition(".")
+        if parent:
+            setattr(modules[parent], child, module)
+
+    def load(name: str) -> Any:
+        sys.modules.update(modules)
+        try:
+            return importlib.import_module(f"torch_fidelity.{name}")
+        finally:
+            for path in missing:
+                del sys.modules[path]
+
+    try:
+        yield load
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "torch_fidelity"]:
+            del sys.modules[name]

@@ -1,4 +1,4 @@
-"""The command line: demo, train, sample, certify, info.
+"""The command line: demo, train, sample, evaluate, certify, info.
 
 Exit codes: 0 done, 1 failed check, 2 bad input, 75 try again.
 """
@@ -28,14 +28,17 @@ from rich.table import Table
 import undiffuse
 from undiffuse import bulk as bulk_module
 from undiffuse import demo as demo_module
-from undiffuse import plot
+from undiffuse import evaluation, plot
 from undiffuse.certify import Certificate
 from undiffuse.certify import certify as measure
 from undiffuse.config import DEFAULTS, KINDS, Config, fields, parse_overrides
 from undiffuse.denoise import Counter
+from undiffuse.evaluation import report
+from undiffuse.evaluation.open import data_of_run, data_of_samples, find_run
 from undiffuse.fit import fit
 from undiffuse.guide import CFG
 from undiffuse.model import Model
+from undiffuse.tableau import Tableau
 from undiffuse.train import Lost, NonFinite, Preempted, Processes, Signals, TrainState
 from undiffuse.types import InputError
 
@@ -314,6 +317,139 @@ def _shards(job: bulk_module.Job, model: Model, engine: str, workers: int | None
     text = f"{report.out}: {report.n:,} samples in {report.shards} shards, {report.written} new, {report.kept} kept, "
     speed = f", {report.samples_per_second:.4g} samples/s" if report.samples_per_second else ""
     _say(as_json, asdict(report), text + f"{report.remade} made again; {report.seconds:.1f} s{speed}")
+
+
+def _numbers(words: str, option: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    """The numbers of an option between commas; none for an empty one."""
+    try:
+        return tuple(kind(word) for word in words.split(",") if word.strip())
+    except ValueError as error:
+        raise InputError(f"{option} must be numbers such as 1,2, got {words!r}") from error
+
+
+@app.command()
+def evaluate(
+    target: Annotated[
+        str | None, typer.Argument(help="a run folder, its name in runs/, or samples: anything that data= takes")
+    ] = None,
+    overrides: Overrides = None,
+    number: Annotated[int, typer.Option("-n", help="samples; default: as many as are held out, at most 5,000")] = 0,
+    features: Annotated[
+        str,
+        typer.Option(
+            help="with commas: auto, pca, pixels, digits, mnist, fashion-mnist, emoji, inception=FILE, "
+            "transformers=FOLDER (CLIP, DINOv2)"
+        ),
+    ] = "auto",
+    over_steps: Annotated[str, typer.Option(help="numbers of steps for the curve; empty: none")] = "5,10,20,50",
+    over_w: Annotated[str, typer.Option(help="guidance weights for the curve; empty: none")] = "1,1.5,2,3,5",
+    likelihood: Annotated[int, typer.Option(help="held-out samples for bits per dimension; 0: none")] = 64,
+    plan: Annotated[Path | None, typer.Option(help="sample by a saved tableau instead of solver and grid")] = None,
+    seed: Annotated[int, typer.Option(help="of the samples and of the metrics")] = 0,
+    out: Annotated[Path | None, typer.Option(help="a folder; default RUN/evaluations/SOLVER-STEPS-W")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="two folders or evaluation.json files, nothing is sampled")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto")] = "auto",
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Score a run, or samples of any origin, against real data: `undiffuse evaluate runs/digits`, or
+    `undiffuse evaluate samples/ data=digits`. Settings are those of sampling, such as solver=ddim sample.steps=10.
+
+    Every score has its 95 % interval and its floor, what real samples score; evaluation.json says what it depends on,
+    and --compare refuses scores that were measured differently. In several processes: torchrun -m undiffuse evaluate.
+    """
+    if compare is not None:
+        if target is not None or overrides:
+            raise InputError("--compare takes two finished evaluations and nothing else")
+        return _compared(compare, as_json)
+    if target is None:
+        raise InputError("evaluate needs a run folder or samples, such as `undiffuse evaluate runs/digits`")
+    layer = parse_overrides(overrides or [])
+    steps = _numbers(over_steps, "--over-steps", int)
+    choices = evaluation.Choices(number, features, steps, _numbers(over_w, "--over-w", float), likelihood, seed)
+    run = find_run(target)
+    if run is None:
+        if not Path(target).exists() and not re.search(r"://|[*{]", target):
+            raise InputError(
+                f"{target} is neither a run folder, nor the name of one in runs/, nor samples: train one with "
+                f"`undiffuse train out=runs/{Path(target).name}`"
+            )
+        if plan is not None or dry_run:
+            raise InputError("--plan and --dry-run are for runs: these samples are made by now")
+        samples, train, held_out = data_of_samples(target, layer, number)
+        with Bars(as_json) as bars:
+            found = evaluation.evaluate_samples(samples, train, held_out, choices, progress=_stages(bars))
+        return _evaluated(found, out or Path(f"{target.rstrip('/')}-evaluation"), as_json)
+    model = Model.load(run)
+    config = bulk_module.configure(model, layer)
+    if dry_run:
+        return _dry(config, as_json)
+    table = None if plan is None else Tableau.load(plan)
+    processes = Processes.start(device)
+    train, held_out = data_of_run(model.config, run, number)
+    model.denoiser.to(processes.device)
+    values = config.values["train"]
+    with Bars(as_json or not processes.main) as bars:
+        found = evaluation.evaluate(
+            model.using(config), train, held_out, choices, plan=table, processes=processes, progress=_stages(bars),
+            weights=f"average of gamma {values['ema_gamma']:g} after {values['steps']:,} steps",
+        )  # fmt: skip
+    processes.end()
+    if processes.main:
+        name = plan.stem if plan is not None else _how(config, bool(model.classes))
+        _evaluated(found, out or run / "evaluations" / name, as_json)
+
+
+def _stages(bars: Bars) -> Callable[[str, int, int], None]:
+    return lambda what, done, n: bars.move(what, done, n)
+
+
+def _evaluated(found: evaluation.Evaluation, folder: Path, as_json: bool) -> None:
+    """Write an evaluation and show it."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file: give the name of a folder")
+    page = evaluation.write(found, folder)
+    if as_json:
+        return print(json.dumps({"folder": str(folder), **found.json()}))
+    groups = {f"features: {name}": scores for name, scores in found.scores.items()}
+    for title, scores in {**groups, "as asked": found.adherence, "copies": found.memory}.items():
+        if scores:
+            table = Table(title=title, title_justify="left")
+            for name in ("score", "samples", "real samples", ""):
+                table.add_column(name)
+            for row in report.rows_of(scores):
+                table.add_row(*report.brief(row))
+            console.print(table)
+    for name in report.LIKELIHOODS:
+        if name in found.likelihood:
+            part = found.likelihood[name]
+            error = (part["high"] - part["low"]) / 2
+            console.print(f"{part['title']}: {part['value']:.4f} ± {error:.4f} {part['note']}", soft_wrap=True)
+    for text in found.warnings:
+        console.print(f"warning: {text}", soft_wrap=True)
+    console.print(f"Open {page.resolve()}", soft_wrap=True)
+
+
+def _compared(paths: tuple[Path, Path], as_json: bool) -> None:
+    """Set two evaluations beside each other."""
+    found = evaluation.compare(*(evaluation.read(path) for path in paths))
+    if as_json:
+        rows = [row._asdict() for row in found.rows]
+        different = {where: list(pair) for where, pair in found.differences.items()}
+        return print(json.dumps({"scores": rows, "left_out": found.left_out, "differences": different}))
+    for where, (a, b) in found.differences.items():
+        console.print(f"{where}: {a} | {b}", soft_wrap=True)
+    table = Table(title=f"a = {paths[0]}, b = {paths[1]}", title_justify="left")
+    for i, name in enumerate(("", "score", "a", "b", "better")):
+        table.add_column(name, justify="right" if i in (2, 3) else "left")
+    for row in found.rows:
+        verdict = {"neither": "not told apart"}.get(row.verdict, row.verdict)
+        table.add_row(row.group, row.name, report.number(row.a), report.number(row.b), verdict)
+    console.print(table)
+    for name, why in found.left_out.items():
+        console.print(f"not compared: {name}: {why}", soft_wrap=True)
 
 
 @app.command()

@@ -30,7 +30,8 @@ from undiffuse.types import InputError
 @dataclass(frozen=True, eq=False)
 class Model:
     """A denoiser (averaged weights, eval mode), the schedule it was trained on, its number of classes (0: none), the
-    data's spectrum, its configuration, the classes' `names`, and the channels' `scale` where data were normalised."""
+    data's spectrum, its configuration, the classes' `names`, and the channels' `scale` where data were normalised.
+    `decode`, of a model of latents, makes samples of the data's kind from them."""
 
     denoiser: Denoiser
     schedule: Schedule
@@ -39,6 +40,7 @@ class Model:
     config: Config
     names: tuple[str, ...] = ()
     scale: Statistics | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
 
     def __repr__(self) -> str:
         return f"Model({self.parameters:,} parameters, shape {self.shape}, {self.classes} classes)"
@@ -98,8 +100,9 @@ class Model:
         return replace(self, config=config, schedule=config.build("schedule"))
 
     def restore(self, x: Tensor) -> Tensor:
-        """Samples of the denoiser in the data's own range."""
-        return x if self.scale is None else self.scale.restore(x)
+        """Samples of the denoiser in the data's own range, decoded where they are latents."""
+        x = x if self.scale is None else self.scale.restore(x)
+        return x if self.decode is None else self.decode(x)
 
     def shown(self, x: Tensor) -> Tensor:
         """Samples as pictures in [-1, 1]: as they are, or, of normalised data beyond it, from the data's range."""

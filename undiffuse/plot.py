@@ -205,6 +205,78 @@ def _curves_of_distances(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     axes.legend(handles=lines, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=3)
 
 
+def plot_scores(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Scores over the number of steps and over guidance weights, a row each: distances with their intervals and floors,
+    and shares."""
+    shares = {"precision": "precision", "recall": "recall", "adherence": "read as asked"}
+    figure, panels = _figure(9.6, 2.9 * len(curves), len(curves), 3)
+    for (key, rows), row in zip(curves.items(), np.atleast_2d(panels), strict=True):
+        for at, name, label in (
+            (row[0], "frechet-unbiased", "Fréchet distance, unbiased"),
+            (row[1], "kernel", "kernel distance"),
+        ):
+            _scores_over(at, key, rows, name, ACCENT)
+            at.set_ylabel(label, fontsize=9)
+        for (name, label), color in zip(shares.items(), PALETTE[1:], strict=False):
+            if all(name in r for r in rows):
+                _scores_over(row[2], key, rows, name, color, label)
+        row[2].set_ylim(0, 1.02)
+        row[2].set_ylabel("share of samples", fontsize=9)
+        row[2].legend(frameon=False, fontsize=8)
+        for at in row:
+            at.set_xlabel("steps" if key == "steps" else f"guidance weight {key}", fontsize=9)
+    _save(figure, path)
+
+
+def _scores_over(axes: Any, key: str, rows: Sequence[dict[str, Any]], name: str, color: str, label: str = "") -> None:
+    """One score over steps or weights with its interval and floor."""
+    from matplotlib import ticker
+
+    at = [r[key] for r in rows]
+    if key == "steps":
+        axes.set_xscale("log")
+        axes.set_xticks(at, [f"{value:g}" for value in at])
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+    value, low, high = (
+        [math.nan if r[name][k] is None else r[name][k] for r in rows] for k in ("value", "low", "high")
+    )
+    axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.plot(at, value, color=color, marker="o", markersize=4, linewidth=2, label=label or None)
+    floor = rows[0][name]["floor"]
+    if floor is not None:
+        axes.axhline(floor, color=color if label else MUTED, linewidth=1, linestyle="--")
+
+
+def plot_classes(samples: Sequence[int], real: Sequence[int], names: Sequence[str], path: Path) -> None:
+    """The shares of classes among samples and among real ones."""
+    figure, axes = _figure(6.4, 2.8)
+    at = np.arange(len(names))
+    for shift, counts, color, label in ((-0.2, real, MUTED, "real"), (0.2, samples, ACCENT, "samples")):
+        axes.bar(at + shift, np.asarray(counts) / max(1, sum(counts)), 0.38, color=color, label=label)
+    axes.set_xticks(at, names, rotation=45 if max(map(len, names)) > 3 else 0, fontsize=8)
+    axes.set_ylabel("share", fontsize=9)
+    axes.set_ylim(top=1.25 * max(max(c) / max(1, sum(c)) for c in (samples, real)))
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    _save(figure, path)
+
+
+def plot_bound(terms: Sequence[dict[str, Any]], path: Path) -> None:
+    """A variational bound's terms over noise level, as bits per dimension and unit of lam, and what it starts and ends
+    with."""
+    figure, axes = _figure(6.4, 2.8)
+    steps = [t for t in terms if t["lam_now"] is not None and t["lam_then"] is not None]
+    edges = [steps[0]["lam_now"], *(t["lam_then"] for t in steps)]
+    density = [t["bits"] / (t["lam_then"] - t["lam_now"]) for t in steps]
+    axes.stairs(density, edges, color=ACCENT, linewidth=1.5, fill=True, alpha=0.25)
+    axes.stairs(density, edges, color=ACCENT, linewidth=1.5)
+    ends = f"prior {terms[0]['bits']:.3g}, steps {sum(t['bits'] for t in steps):.3g}, "
+    axes.set_title(ends + f"reconstruction {terms[-1]['bits']:.3g} bits per dimension", fontsize=9, loc="left")
+    axes.set_xlabel("lam = log(alpha / sigma):  noise  →  data", fontsize=9)
+    axes.set_ylabel("bits / dim per unit of lam", fontsize=9)
+    axes.set_ylim(bottom=0)
+    _save(figure, path)
+
+
 def data_uri(path: Path) -> str:
     """A file as a data URI."""
     kind = {".png": "image/png", ".gif": "image/gif"}.get(path.suffix.lower())
@@ -231,6 +303,7 @@ p { margin: .5rem 0; } .lead { color: #555b64; }
 .card b { display: block; font-size: 1.6rem; } .card span { color: #555b64; font-size: .88rem; }
 figure { margin: 1rem 0; } figcaption { color: #555b64; font-size: .9rem; margin-top: .3rem; }
 img { max-width: 100%; height: auto; border-radius: .3rem; }
+.warning { background: #fbeee6; border-left: 3px solid #c8553d; padding: .6rem .9rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .8rem 0; }
 th, td { padding: .3rem .9rem .3rem 0; text-align: right; border-bottom: 1px solid #e7e4df; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { font-weight: 600; color: #555b64; font-size: .88rem; }

@@ -58,7 +58,8 @@ class Tableau:
 
     `alpha`, `sigma` (n,): the levels of the evaluations; `points` (n, 1 + n + m): where they are made, lower
     triangular; `out` (1 + n + m): the result; `start`, `end`: (alpha, sigma) of the first and last level. `name` is a
-    label. Raises InputError if the parts do not fit.
+    label, `tuned_on` the hashes of the features on which its coefficients were tuned, whose scores it therefore
+    flatters. Raises InputError if the parts do not fit.
     """
 
     alpha: Tensor
@@ -68,6 +69,7 @@ class Tableau:
     start: Tensor
     end: Tensor
     name: str = ""
+    tuned_on: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         n, width = self.points.shape if self.points.ndim == 2 else (0, 0)
@@ -275,7 +277,7 @@ class Tableau:
         from safetensors.torch import save_file
 
         names = ("alpha", "sigma", "points", "out", "start", "end")
-        header = {"undiffuse": json.dumps({"format": FORMAT, "name": self.name})}
+        header = {"undiffuse": json.dumps({"format": FORMAT, "name": self.name, "tuned_on": self.tuned_on})}
         save_file({k: getattr(self, k).contiguous() for k in names}, path, metadata=header)
 
     @staticmethod
@@ -289,7 +291,7 @@ class Tableau:
                 parts = {k: f.get_tensor(k).double() for k in ("alpha", "sigma", "points", "out", "start", "end")}
             if header["format"] != FORMAT:
                 raise KeyError(header["format"])
-            return Tableau(**parts, name=str(header["name"]))
+            return Tableau(**parts, name=str(header["name"]), tuned_on=tuple(map(str, header.get("tuned_on", ()))))
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
             raise InputError(f"{path} is not a readable tableau ({FORMAT}): {error}") from error
 

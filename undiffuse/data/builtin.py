@@ -1,4 +1,4 @@
-"""Sets by name: handwritten digits, MNIST and Fashion-MNIST from their packages, and points in the plane."""
+"""Sets by name: digits, MNIST, Fashion-MNIST and emoji from their packages, and points in the plane."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -16,10 +16,17 @@ import torch
 from undiffuse.data.source import Arrays, names
 from undiffuse.types import InputError
 
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont
+
 _FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
           "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}  # fmt: skip
 _CLOTHES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 _FASHION = Path("/usr/share/datasets/fashion-mnist")
+_NOTO = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+_STRIKE = 109  # the one size of this font's bitmaps: 136x128 pixels
+_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
+_LACKING = ("\U0001f1fd\U0001f1fd", "\U0010ffff")  # the flag of no region, and no character: a font's stand-ins
 _POINTS = 10_000
 Draw = Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray | None]]
 _LIMIT = 2**30
@@ -52,6 +59,56 @@ def mnist(path: Path | None = None) -> Arrays:
     if path is None and not any(_file(p, _FILES["train"][0]) for p in usual) and spec and spec.origin:
         return _table(Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz", how)
     return _images("mnist", path, usual, how)
+
+
+def emoji(path: Path | None = None) -> Arrays:
+    """About 1,900 colour emoji of 64x64 pixels on white, each with its English name as `text`; without skin tones.
+
+    Debian's fonts-noto-color-emoji (or the font file `path`) draws those that PyPI's emoji names, in the order of their
+    code points; those that the font lacks are left out, so both packages' versions decide which there are.
+    """
+    from PIL import ImageFont, features
+
+    font_file = _NOTO if path is None else path
+    how = "apt-get install fonts-noto-color-emoji, pip install emoji; or give the file NotoColorEmoji.ttf as path"
+    if importlib.util.find_spec("emoji") is None:
+        raise InputError(f"emoji: the Python package emoji is missing: {how}")
+    from emoji import EMOJI_DATA, STATUS
+
+    if not font_file.is_file():
+        raise InputError(f"emoji: the font {font_file} is missing: {how}")
+    sequences = features.check("raqm")  # without it, a flag is drawn as two letters
+    try:
+        engine = ImageFont.Layout.RAQM if sequences else ImageFont.Layout.BASIC
+        font = ImageFont.truetype(font_file, _STRIKE, layout_engine=engine)
+    except OSError as error:
+        raise InputError(f"emoji: {font_file} has no bitmaps of {_STRIKE} pixels ({error}): {how}") from error
+    lacking = [_glyph(font, code) for code in _LACKING]
+    pictures, texts = list[np.ndarray](), list[str]()
+    for code, entry in sorted(EMOJI_DATA.items()):
+        if entry["status"] != STATUS["fully_qualified"] or not _TONES.isdisjoint(code):
+            continue
+        picture = _glyph(font, code) if sequences or len(code) == 1 else None
+        if picture is not None and not any(np.array_equal(picture, other) for other in lacking if other is not None):
+            pictures.append(picture)
+            texts.append(entry["en"].strip(":").replace("_", " "))
+    if not pictures:
+        raise InputError(f"emoji: {font_file} draws none of the emoji: {how}")
+    return Arrays(np.stack(pictures), name="emoji", extra={"text": np.array(texts)})
+
+
+def _glyph(font: FreeTypeFont, code: str) -> np.ndarray | None:
+    """The emoji (3, 64, 64) centred on white; None where the font draws nothing, or several glyphs side by side."""
+    from PIL import Image, ImageDraw
+
+    left, top, right, bottom = (round(v) for v in font.getbbox(code))
+    if bottom <= top or right - left > 1.5 * _STRIKE:
+        return None
+    side = max(right - left, bottom - top)
+    picture = Image.new("RGB", (side, side), "white")
+    at = ((side - right - left) // 2, (side - bottom - top) // 2)
+    ImageDraw.Draw(picture).text(at, code, "black", font, embedded_color=True)
+    return np.asarray(picture.resize((64, 64), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
 
 
 def _file(folder: Path, name: str) -> Path | None:
@@ -148,6 +205,7 @@ def _swissroll(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]
 
 BUILT_IN: dict[str, Callable[[Path | None], Arrays]] = {
     "digits": digits,
+    "emoji": emoji,
     "fashion-mnist": fashion_mnist,
     "mnist": mnist,
     "toy-moons": _points("toy-moons", _moons),

@@ -1,7 +1,59 @@
-"""Scores: distances between sets of features, and a reader for the digits."""
+"""Scores: features, distances between sets of them, what is copied, and likelihoods."""
 
 from undiffuse.evals.digits import Reader
-from undiffuse.evals.distances import Distances, distances, frechet, kernel
-from undiffuse.evals.memory import copy_ratio
+from undiffuse.evals.distances import (
+    Distances,
+    distances,
+    frechet,
+    frechet_estimate,
+    frechet_unbiased,
+    kernel,
+    kernel_estimate,
+    sliced,
+    sliced_estimate,
+    sliced_unbiased,
+)
+from undiffuse.evals.estimate import Estimate
+from undiffuse.evals.features import FEATURES, Features, Pretrained, Reading, extract, open_features
+from undiffuse.evals.memory import Suspects, authentic, copy_ratio, copy_ratio_estimate, ct, suspects
+from undiffuse.evals.metrics import MEMORY, METRICS, MemoryMetric, Metric
+from undiffuse.evals.support import Classes, classes, coverage, density, precision, recall, vendi, vendi_ratio
 
-__all__ = ["Distances", "Reader", "copy_ratio", "distances", "frechet", "kernel"]
+__all__ = [
+    "FEATURES",
+    "MEMORY",
+    "METRICS",
+    "Classes",
+    "Distances",
+    "Estimate",
+    "Features",
+    "MemoryMetric",
+    "Metric",
+    "Pretrained",
+    "Reader",
+    "Reading",
+    "Suspects",
+    "authentic",
+    "classes",
+    "copy_ratio",
+    "copy_ratio_estimate",
+    "coverage",
+    "ct",
+    "density",
+    "distances",
+    "extract",
+    "frechet",
+    "frechet_estimate",
+    "frechet_unbiased",
+    "kernel",
+    "kernel_estimate",
+    "open_features",
+    "precision",
+    "recall",
+    "sliced",
+    "sliced_estimate",
+    "sliced_unbiased",
+    "suspects",
+    "vendi",
+    "vendi_ratio",
+]

@@ -145,6 +145,13 @@ class Processes:
                 raise Lost(f"process {number} failed: {trouble}")
         return [value for value, _ in heard]
 
+    def divide(self, n: int, work: Callable[[range], Tensor]) -> Tensor:
+        """The rows 0, ..., n - 1 of `work`, of which each process makes its part; all get all of them, on the CPU."""
+        ends = [n * r // self.world for r in range(self.world + 1)]
+        part = range(ends[self.rank], ends[self.rank + 1])
+        found = self.each(lambda: work(part).cpu() if part else None)
+        return torch.cat([rows for rows in found if rows is not None])
+
     def end(self) -> None:
         """Leave the group, once all is done."""
         if self.world > 1 and dist.is_initialized():

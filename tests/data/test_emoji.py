@@ -1,0 +1,133 @@
+"""The built-in set of emoji: what is drawn, what is left out, their names, and what a missing package says."""
+
+import importlib.machinery
+import importlib.util
+import sys
+import types
+
+import numpy as np
+import PIL.features
+import pytest
+
+from undiffuse import InputError
+from undiffuse.data import open_source
+from undiffuse.data.builtin import _LACKING, _NOTO, _glyph
+
+HOW = "apt-get install fonts-noto-color-emoji, pip install emoji; or give the file NotoColorEmoji.ttf as path"
+
+
+@pytest.fixture
+def named(monkeypatch):
+    """Puts another list of emoji in the place of the package's."""
+
+    def put(table):
+        module = types.ModuleType("emoji")
+        module.__spec__ = importlib.machinery.ModuleSpec("emoji", None)
+        module.EMOJI_DATA = {code: {"en": en, "status": status} for code, (en, status) in table.items()}
+        module.STATUS = {"component": 1, "fully_qualified": 2, "minimally_qualified": 3, "unqualified": 4}
+        monkeypatch.setitem(sys.modules, "emoji", module)
+
+    return put
+
+
+@pytest.fixture
+def font():
+    """A font that draws some symbols, and a box for what it lacks."""
+    import matplotlib
+
+    return f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    pytest.importorskip("emoji", reason="needs PyPI's emoji")
+    if not _NOTO.is_file():
+        pytest.skip("needs Debian's fonts-noto-color-emoji")
+    return open_source("emoji")
+
+
+def test_captions_are_the_english_names_in_the_order_of_the_code_points(named, font):
+    named({"♥": (":heart_suit:", 2), "☀": (":sun:", 2), "☺": (":smiling_face_(plain):", 2)})
+    source = open_source("emoji", path=font)
+    assert [source.read(i).columns for i in range(3)] == [
+        {"text": "sun"},
+        {"text": "smiling face (plain)"},
+        {"text": "heart suit"},
+    ]
+    assert (source.x.shape, source.x.dtype, source.labels, source.classes) == ((3, 3, 64, 64), np.uint8, None, ())
+    assert len({x.tobytes() for x in source.x}) == 3
+    assert (source.x[:, :, 0, 0] == 255).all()  # on white
+    assert (source.x.min((1, 2, 3)) < 40).all()  # and something on it
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("☝\U0001f3fd", 2),  # a skin tone
+        ("☝", 1),  # a component
+        ("☝", 4),  # unqualified
+        ("☺☺", 2),  # drawn as two glyphs
+        ("\U0001f996", 2),  # the font has none: a box
+        ("\u2003", 2),  # drawn as nothing
+    ],
+)
+def test_what_is_not_one_glyph_of_its_own_is_left_out(named, font, code, status):
+    named({"☀": (":sun:", 2), code: (":other:", status)})
+    assert open_source("emoji", path=font).extra["text"].tolist() == ["sun"]
+    named({code: (":other:", status)})
+    with pytest.raises(InputError, match=f"emoji: {font} draws none of the emoji: {HOW}"):
+        open_source("emoji", path=font)
+
+
+def test_without_raqm_sequences_are_left_out(named, font, monkeypatch):
+    named({"☀": (":sun:", 2), "☀\ufe0f": (":sun_in_colour:", 2)})
+    if PIL.features.check("raqm"):
+        assert open_source("emoji", path=font).extra["text"].tolist() == ["sun", "sun in colour"]
+    monkeypatch.setattr("PIL.features.check", lambda name: False)
+    assert open_source("emoji", path=font).extra["text"].tolist() == ["sun"]
+
+
+def test_missing_fonts_and_packages_are_named_with_the_commands(named, font, monkeypatch, tmp_path):
+    named({"☀": (":sun:", 2)})
+    monkeypatch.setattr("undiffuse.data.builtin._NOTO", tmp_path / "usual.ttf")
+    for name, path in (("usual.ttf", None), ("mine.ttf", tmp_path / "mine.ttf")):
+        with pytest.raises(InputError, match=f"emoji: the font {tmp_path / name} is missing: {HOW}"):
+            open_source("emoji", path=path)
+    (tmp_path / "mine.ttf").write_bytes(b"no font")
+    with pytest.raises(InputError, match=f"mine.ttf has no bitmaps of 109 pixels .*: {HOW}"):
+        open_source("emoji", path=tmp_path / "mine.ttf")
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "emoji" else find(name))
+    with pytest.raises(InputError, match=f"emoji: the Python package emoji is missing: {HOW}"):
+        open_source("emoji", path=font)
+
+
+def test_the_font_draws_nearly_all_emoji(emoji):
+    from emoji import EMOJI_DATA
+
+    plain = {e["en"] for code, e in EMOJI_DATA.items() if e["status"] == 2 and "_skin_tone" not in e["en"]}
+    texts = emoji.extra["text"].tolist()
+    assert 0.9 * len(plain) < len(texts) <= len(plain)
+    assert len(set(texts)) == len(texts)
+    assert {"grinning face", "red heart", "France", "woman astronaut"} <= set(texts)
+    assert not [text for text in texts if "skin tone" in text or "_" in text or text != text.strip(": ")]
+
+
+def test_the_font_draws_in_colour(emoji):
+    place = {text: i for i, text in enumerate(emoji.extra["text"].tolist())}
+    for text, bright in (("red heart", 0), ("green circle", 1), ("blue square", 2)):
+        middle = emoji.x[place[text], :, 28:36, 28:36].mean((1, 2))
+        assert middle[bright] > np.delete(middle, bright).max() + 40, (text, middle)
+
+
+def test_stand_ins_of_the_font_are_left_out(emoji):
+    from PIL import ImageFont
+
+    font = ImageFont.truetype(_NOTO, 109)
+    drawn = [picture for code in _LACKING if (picture := _glyph(font, code)) is not None]
+    assert not any(np.array_equal(x, picture) for x in emoji.x for picture in drawn)
+    assert len({x.tobytes() for x in emoji.x}) > 0.98 * len(emoji)  # some flags are equal
+
+
+def test_the_set_is_the_same_each_time(emoji):
+    assert open_source("emoji").fingerprint() == emoji.fingerprint()

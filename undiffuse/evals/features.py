@@ -1,0 +1,289 @@
+"""Features: what sets of samples are compared by, each with the hash of all that decides it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, interpolate
+
+from undiffuse.data.source import digest
+from undiffuse.evals.classifier import CLASSIFIERS, Classifier, load_classifier
+from undiffuse.spectrum import Spectrum
+from undiffuse.types import InputError
+
+ROWS = 64  # of every call: a network rounds by batch size, and so features do not depend on how a set is cut
+COMPONENTS = 64
+
+
+class Features(Protocol):
+    """Samples (n, *data) -> (n, width), by `extract`; `hash` changes with whatever changes the result."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def hash(self) -> str: ...
+    @property
+    def resize(self) -> str:
+        """What is done to a picture before it is read."""
+        ...
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+@torch.no_grad()
+def extract(features: Callable[[Tensor], Tensor], x: Tensor, rows: int = ROWS) -> Tensor:
+    """Features (n, width) of samples (n, *data), in calls of exactly `rows` rows: equal for every way to cut a set.
+
+    >>> extract(Pixels(), torch.zeros(3, 1, 2, 2)).shape
+    torch.Size([3, 4])
+    """
+    out = []
+    for part in torch.split(x, rows):
+        short = rows - len(part)
+        full = torch.cat([part, part[-1:].expand(short, *part.shape[1:])]) if short else part
+        out.append(features(full)[: len(part)].cpu().double())
+    return torch.cat(out)
+
+
+def shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Pictures (n, c, h, w) as those of `shape` (channels, height, width): gray by ITU-R BT.601, resized by
+    antialiased bilinear interpolation; as they are where they fit."""
+    channels, *size = shape
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise InputError(f"this feature network reads pictures of 1 or 3 channels, got samples {tuple(x.shape[1:])}")
+    if channels == 1 and x.shape[1] == 3:
+        x = (x * torch.tensor([0.299, 0.587, 0.114]).to(x).reshape(3, 1, 1)).sum(1, keepdim=True)
+    x = x.expand(-1, channels, -1, -1)
+    if list(x.shape[2:]) == list(size):
+        return x
+    return interpolate(x, tuple(size), mode="bilinear", align_corners=False, antialias=True)
+
+
+def hash_of(x: Tensor) -> str:
+    """SHA-256 of the shape and float32 values of samples."""
+    return digest(str(tuple(x.shape)), x.detach().cpu().float().contiguous().numpy().tobytes())
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The elements of a sample themselves."""
+
+    name: str = "pixels"
+    hash: str = digest("pixels")
+    resize: str = "none"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """The first principal components of real samples, of which `hash` is: features of any data."""
+
+    spectrum: Spectrum
+    hash: str
+    name: str = "pca"
+    resize: str = "none"
+
+    @staticmethod
+    def of(train: Tensor, count: int = COMPONENTS, name: str = "pca") -> Components:
+        """The first `count` of samples (n, *data)."""
+        with torch.random.fork_rng(devices=[]):  # of wide data they are found by a randomised algorithm
+            torch.manual_seed(0)
+            spectrum = Spectrum.measure(train, count)
+        return Components(spectrum, digest("pca", str(count), hash_of(train)), name)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        assert self.spectrum.basis is not None
+        return (x.double().flatten(1) - self.spectrum.mean) @ self.spectrum.basis.T
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A built-in classifier's penultimate layer; `read` gives its probabilities of the classes `names`."""
+
+    name: str
+    classifier: Classifier
+    hash: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(CLASSIFIERS[self.name].shape)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.classifier.names
+
+    @property
+    def resize(self) -> str:
+        return f"antialiased bilinear to {'x'.join(map(str, self.shape))} where it differs"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.classifier.features(shaped(x, self.shape))
+
+    def read(self, x: Tensor) -> Tensor:
+        """Probabilities (n, classes)."""
+        return extract(lambda part: self.classifier(shaped(part, self.shape)).softmax(1), x)
+
+
+@dataclass(frozen=True, eq=False)
+class Inception:
+    """FID's Inception-v3 (2,048 features) as torch-fidelity has it, from its weight file."""
+
+    file: Path
+    net: nn.Module
+    hash: str
+    name: str = "inception"
+    resize: str = "8 bits; TensorFlow's bilinear to 299x299, as FID was defined"
+
+    @staticmethod
+    def load(file: str) -> Inception:
+        """The extractor with the weights in `file` of its file; InputError without it."""
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise InputError(
+                f"--features inception={file}: no such file. Give torch-fidelity's weights, "
+                "weights-inception-2015-12-05-6726825d.pth of its releases"
+            )
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise InputError(f"Inception features need torch-fidelity: pip install torch-fidelity ({error})") from error
+        try:
+            torch.load(path, weights_only=True)  # the extractor unpickles anything: let nothing but tensors come to it
+            net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+        except Exception as error:  # whatever a foreign file makes torch raise
+            raise InputError(f"{file} does not hold the weights of torch-fidelity's Inception-v3: {error}") from error
+        return Inception(path, net.eval(), digest(path.read_bytes()))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        (features,) = self.net(_bytes(x))
+        return features  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A vision network of transformers (CLIP, DINOv2, SigLIP, ...) from a folder on this machine: its picture
+    embedding, else its class token; `score` is the CLIP score where the network reads text too."""
+
+    folder: Path
+    net: Any
+    processor: Any
+    name: str
+    hash: str
+    resize: str = "8 bits; as its processor says"
+
+    @staticmethod
+    def load(folder: str) -> Pretrained:
+        """The network of a folder with config.json, preprocessor_config.json and .safetensors weights; InputError."""
+        path = Path(folder).expanduser()
+        if not (path / "config.json").is_file():
+            raise InputError(
+                f"--features transformers={folder}: no config.json there. Give the folder of a vision network, as "
+                "`huggingface-cli download openai/clip-vit-base-patch32 --local-dir FOLDER` writes it"
+            )
+        try:
+            from transformers import AutoImageProcessor, AutoModel
+        except ImportError as error:
+            raise InputError(f"these features need transformers: pip install transformers ({error})") from error
+        try:
+            net = AutoModel.from_pretrained(path, local_files_only=True, use_safetensors=True).eval()
+            processing: Any = AutoImageProcessor
+            processor = processing.from_pretrained(path, local_files_only=True, backend="pil")
+        except Exception as error:  # whatever a foreign folder makes transformers raise
+            raise InputError(f"{folder} is no vision network that transformers can load: {error}") from error
+        files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors" or p.name.endswith("config.json"))
+        parts = [part for p in files for part in (p.name, p.read_bytes())]
+        return Pretrained(path, net, processor, path.resolve().name, digest(*parts))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        pixels = _bytes(x).permute(0, 2, 3, 1).numpy()
+        inputs = self.processor([Image.fromarray(p) for p in pixels], return_tensors="pt")
+        if hasattr(self.net, "get_image_features"):
+            return _pooled(self.net.get_image_features(**inputs))
+        return _pooled(self.net(**inputs))
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the network embeds texts beside pictures."""
+        return hasattr(self.net, "get_text_features")
+
+    @torch.no_grad()
+    def score(self, x: Tensor, texts: Sequence[str]) -> Tensor:
+        """CLIP score of each picture for its text, 100 max(cos, 0) (Hessel et al. 2021, as commonly scaled)."""
+        if not self.reads_text:
+            raise InputError(f"{self.name} reads no text: a CLIP score needs a network such as CLIP or SigLIP")
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        words = list(dict.fromkeys(texts))
+        tokens = tokenizer(words, padding=True, truncation=True, return_tensors="pt")
+        known = _pooled(self.net.get_text_features(**tokens)).double()
+        meant = known[[words.index(text) for text in texts]]
+        return 100 * cosine_similarity(extract(self, x), meant).clamp(min=0)
+
+
+def _pooled(answer: Any) -> Tensor:
+    """The embedding in what a network of transformers answers."""
+    pooled = answer if isinstance(answer, Tensor) else getattr(answer, "pooler_output", None)
+    return answer.last_hidden_state[:, 0] if pooled is None else pooled  # type: ignore[no-any-return]
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """Pictures in [-1, 1] as RGB bytes, which is what published scores are computed on."""
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise InputError(f"this feature network reads pictures of 1 or 3 channels, got samples {tuple(x.shape[1:])}")
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+
+
+def _reading(name: str) -> Callable[[str, Tensor], Features]:
+    return lambda _, train: Reading(name, load_classifier(name), CLASSIFIERS[name].sha256)
+
+
+def _components(count: str, train: Tensor) -> Components:
+    if count and not (count.isdigit() and int(count) > 0):
+        raise InputError(f"pca={count}: expected the number of components, such as pca=64")
+    return Components.of(train, int(count or COMPONENTS), f"pca={count}" if count else "pca")
+
+
+FEATURES: dict[str, Callable[[str, Tensor], Features]] = {
+    "pixels": lambda _, train: Pixels(),
+    "pca": _components,
+    **{name: _reading(name) for name in CLASSIFIERS},
+    "inception": lambda file, train: Inception.load(file),
+    "transformers": lambda folder, train: Pretrained.load(folder),
+}
+
+
+def open_features(words: str, train: Tensor, data: str = "") -> list[Features]:
+    """The features of words between commas: `pixels`, `pca` or `pca=COUNT` (of the real samples `train`), a built-in
+    classifier, `inception=FILE`, `transformers=FOLDER`; `auto` is the classifier of the set `data`, if there is one for
+    its shape, and `pca`. InputError for other words.
+
+    >>> [f.name for f in open_features("pca=2,pixels", torch.randn(5, 1, 2, 2))]
+    ['pca=2', 'pixels']
+    """
+    out = []
+    for word in words.split(","):
+        kind, _, argument = word.strip().partition("=")
+        if kind == "auto":
+            out += [FEATURES[data]("", train)] if data in CLASSIFIERS and train.ndim == 4 else []
+            out.append(_components("", train))
+            continue
+        if kind not in FEATURES:
+            near = difflib.get_close_matches(kind, FEATURES, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(f"unknown features {kind!r}: {hint}there are auto, {', '.join(FEATURES)}")
+        if argument and kind in ("pixels", *CLASSIFIERS):
+            raise InputError(f"features {kind} take no argument, got {word!r}")
+        out.append(FEATURES[kind](argument, train))
+    if len({f.name for f in out}) != len(out):
+        raise InputError(f"features {words!r} name one twice")
+    return out

@@ -1,0 +1,63 @@
+"""What the command line's words mean: a run with the data that it was trained on, or samples and data to judge by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from undiffuse.config import Config
+from undiffuse.data import Data, materialise, open_source
+from undiffuse.rundata import RunData, about_of
+from undiffuse.types import InputError
+
+
+def find_run(target: str) -> Path | None:
+    """The run folder that is meant: the path itself or, of a bare name, runs/NAME; None for anything else."""
+    for path in (Path(target).expanduser(), Path("runs") / target):
+        if (path / "model").is_dir() or (path / "config.toml").is_file():
+            return path
+    return None
+
+
+def data_of_run(config: Config, run: Path, n: int) -> tuple[Data, Data]:
+    """(training samples or a part of them, at least n held-out ones) of a run, as its model reads them.
+
+    More than the run held out are there only where the data have a test split of their own. Raises InputError where
+    the data are not there or have changed since.
+    """
+    config = Config({**config.values, "out": str(run)}, config.given | {"held_out"})
+    data = RunData.of(config)
+    if (run / "data.json").is_file() and not about_of(run, data.fingerprint):
+        raise InputError(
+            f"{data.source.name} has changed since {run} was trained: it can be judged by the same data only"
+        )
+    if n > len(data.held_out) and data.source.test is not None:
+        data = RunData.of(Config({**config.values, "held_out": n}, config.given))
+    if n > len(data.held_out):
+        raise InputError(f"-n {n}: {run} held out {len(data.held_out)} samples of {data.source.name}, ask for as many")
+    return data.train, data.held_out
+
+
+def data_of_samples(target: str, layer: Mapping[str, Any], n: int) -> tuple[Data, Data, Data]:
+    """(samples, training data or a part of it, held-out data): all prepared as the settings `data` say.
+
+    Raises InputError without them, and for samples of another shape.
+    """
+    if set(layer) - {"data", "held_out"}:
+        raise InputError(
+            f"{target} is no run folder but samples, which are made by now: they take data=... and held_out, "
+            f"got {', '.join(sorted(set(layer) - {'data', 'held_out'}))}"
+        )
+    source = open_source(target)
+    if "data" not in layer:
+        raise InputError(f"to judge the samples in {target}, say which real data they should be like: data=NAME")
+    config = Config.resolve(layer, {"held_out": n} if n and "held_out" not in layer else {})
+    data = RunData.of(config)
+    samples = materialise(source, data.prepare)
+    if samples.x.shape[1:] != data.held_out.x.shape[1:]:
+        raise InputError(
+            f"{target} has samples of shape {tuple(samples.x.shape[1:])}, {data.source.name} of "
+            f"{tuple(data.held_out.x.shape[1:])}: give data.size and data.channels that suit both"
+        )
+    return samples, data.train, data.held_out
