@@ -417,10 +417,10 @@ def _evaluated(found: evaluation.Evaluation, folder: Path, as_json: bool) -> Non
     for title, scores in {**groups, "as asked": found.adherence, "copies": found.memory}.items():
         if scores:
             table = Table(title=title, title_justify="left")
-            for name in ("score", "samples", "real samples", ""):
+            for name in report.HEADER:
                 table.add_column(name)
             for row in report.rows_of(scores):
-                table.add_row(*report.brief(row))
+                table.add_row(*row)
             console.print(table)
     for name in report.LIKELIHOODS:
         if name in found.likelihood:

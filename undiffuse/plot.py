@@ -240,6 +240,8 @@ def _scores_over(axes: Any, key: str, rows: Sequence[dict[str, Any]], name: str,
     value, low, high = (
         [math.nan if r[name][k] is None else r[name][k] for r in rows] for k in ("value", "low", "high")
     )
+    if len(at) == 1:
+        axes.vlines(at, low, high, color=color, alpha=0.3)
     axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
     axes.plot(at, value, color=color, marker="o", markersize=4, linewidth=2, label=label or None)
     floor = rows[0][name]["floor"]
@@ -299,7 +301,7 @@ main { max-width: 46rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .4rem; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .5rem; }
 p { margin: .5rem 0; } .lead { color: #555b64; }
 .cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.4rem 0; }
-.card { background: #fff; border: 1px solid #e7e4df; border-radius: .5rem; padding: .8rem 1.1rem; flex: 1 1 8rem; }
+.card { background: #fff; border: 1px solid #e7e4df; border-radius: .5rem; padding: .8rem 1.1rem; flex: 1 1 6rem; }
 .card b { display: block; font-size: 1.6rem; } .card span { color: #555b64; font-size: .88rem; }
 figure { margin: 1rem 0; } figcaption { color: #555b64; font-size: .9rem; margin-top: .3rem; }
 img { max-width: 100%; height: auto; border-radius: .3rem; }
@@ -307,15 +309,21 @@ img { max-width: 100%; height: auto; border-radius: .3rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .8rem 0; }
 th, td { padding: .3rem .9rem .3rem 0; text-align: right; border-bottom: 1px solid #e7e4df; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { font-weight: 600; color: #555b64; font-size: .88rem; }
+td small, th small { color: #777d86; font-weight: 400; }
 code, pre { font: .88rem/1.5 ui-monospace, monospace; background: #f0eeea; border-radius: .3rem; }
 code { padding: .1rem .3rem; } pre { padding: .8rem 1rem; overflow-x: auto; }
 """
 
 
 def table_html(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain strings."""
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    """A table of plain strings; a second line of a cell is small."""
+
+    def cell(text: str) -> str:
+        first, *more = html.escape(text).split("\n")
+        return first + "".join(f"<br><small>{line}</small>" for line in more)
+
+    head = "".join(f"<th>{cell(c)}</th>" for c in header)
+    body = "".join("<tr>" + "".join(f"<td>{cell(c)}</td>" for c in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 

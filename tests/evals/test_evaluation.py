@@ -409,7 +409,7 @@ def test_a_model_that_diffusers_trained(tmp_path):
 
 def test_report_and_files(exact, tmp_path):
     page = write(exact, tmp_path / "deep" / "er").read_text()
-    for words in ("Did it copy?", "Provenance", "Frechet distance, unbiased", "Likelihood", "95 % interval", "pca=2"):
+    for words in ("Did it copy?", "Provenance", "Fréchet, unbiased", "Likelihood", "95 % interval", "pca=2"):
         assert words in page
     assert "http" not in page.replace("http-equiv", "")
     files = {path.name for path in (tmp_path / "deep" / "er").iterdir()}

@@ -22,6 +22,7 @@ from undiffuse.evals.features import (
     hash_of,
     open_features,
     shaped,
+    shrunk,
 )
 
 
@@ -202,6 +203,17 @@ def test_a_folder_that_is_no_network(tmp_path):
 def test_pixels_are_the_samples():
     x = normal(3, 2, 5)
     assert torch.equal(Pixels()(x), x.reshape(3, 10))
+
+
+def test_large_pictures_are_shrunk_where_elements_are_compared():
+    """Else a few thousand of them would not fit into memory."""
+    x = normal(70, 4, 8, 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    assert Pixels()(x).shape == (70, 4 * 32 * 32)
+    wide = normal(3, 1, 40, 80)
+    assert torch.equal(Pixels()(wide), shaped(wide, (1, 16, 32)).flatten(1))
+    found = Components.of(x, 3)
+    assert extract(found, x).shape == (70, 3)
+    assert shrunk(normal(2, 1, 32, 32)).shape == (2, 1, 32, 32)
 
 
 def test_inception_from_a_file(tmp_path, monkeypatch):

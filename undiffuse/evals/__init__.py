@@ -16,7 +16,7 @@ from undiffuse.evals.distances import (
 from undiffuse.evals.estimate import Estimate
 from undiffuse.evals.features import FEATURES, Features, Pretrained, Reading, extract, open_features
 from undiffuse.evals.memory import Suspects, authentic, copy_ratio, copy_ratio_estimate, ct, suspects
-from undiffuse.evals.metrics import MEMORY, METRICS, MemoryMetric, Metric
+from undiffuse.evals.metrics import MEMORY, METRICS, Metric
 from undiffuse.evals.support import Classes, classes, coverage, density, precision, recall, vendi, vendi_ratio
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "Distances",
     "Estimate",
     "Features",
-    "MemoryMetric",
     "Metric",
     "Pretrained",
     "Reader",

@@ -18,8 +18,10 @@ from undiffuse.evals.classifier import CLASSIFIERS, Classifier, load_classifier
 from undiffuse.spectrum import Spectrum
 from undiffuse.types import InputError
 
+SIDE = 32  # of pictures, where their elements themselves are compared: larger ones are shrunk
 ROWS = 64  # of every call: a network rounds by batch size, and so features do not depend on how a set is cut
 COMPONENTS = 64
+_SHRUNK = f"antialiased bilinear to a longer side of {SIDE}, where it is more"
 
 
 class Features(Protocol):
@@ -38,17 +40,23 @@ class Features(Protocol):
 
 
 @torch.no_grad()
-def extract(features: Callable[[Tensor], Tensor], x: Tensor, rows: int = ROWS) -> Tensor:
-    """Features (n, width) of samples (n, *data), in calls of exactly `rows` rows: equal for every way to cut a set.
+def extract(
+    features: Callable[[Tensor], Tensor], x: Tensor, rows: int = ROWS, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Features (n, width) of samples (n, *data), in calls of exactly `rows` rows on `device`, where the networks of
+    `features` are moved: equal for every way to cut a set.
 
     >>> extract(Pixels(), torch.zeros(3, 1, 2, 2)).shape
     torch.Size([3, 4])
     """
+    for network in vars(features).values() if hasattr(features, "__dict__") else ():
+        if isinstance(network, nn.Module):
+            network.to(device)
     out = []
     for part in torch.split(x, rows):
         short = rows - len(part)
         full = torch.cat([part, part[-1:].expand(short, *part.shape[1:])]) if short else part
-        out.append(features(full)[: len(part)].cpu().double())
+        out.append(features(full.to(device))[: len(part)].cpu().double())
     return torch.cat(out)
 
 
@@ -66,6 +74,14 @@ def shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
     return interpolate(x, tuple(size), mode="bilinear", align_corners=False, antialias=True)
 
 
+def shrunk(x: Tensor) -> Tensor:
+    """Pictures (n, c, h, w) with the longer side at most 32, by antialiased bilinear interpolation; else x itself."""
+    if x.ndim != 4 or max(x.shape[2:]) <= SIDE:
+        return x
+    size = [max(1, round(side * SIDE / max(x.shape[2:]))) for side in x.shape[2:]]
+    return interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
+
+
 def hash_of(x: Tensor) -> str:
     """SHA-256 of the shape and float32 values of samples."""
     return digest(str(tuple(x.shape)), x.detach().cpu().float().contiguous().numpy().tobytes())
@@ -76,11 +92,11 @@ class Pixels:
     """The elements of a sample themselves."""
 
     name: str = "pixels"
-    hash: str = digest("pixels")
-    resize: str = "none"
+    hash: str = digest("pixels", str(SIDE))
+    resize: str = _SHRUNK
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x.flatten(1)
+        return shrunk(x).flatten(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +106,12 @@ class Components:
     spectrum: Spectrum
     hash: str
     name: str = "pca"
-    resize: str = "none"
+    resize: str = _SHRUNK
 
     @staticmethod
     def of(train: Tensor, count: int = COMPONENTS, name: str = "pca") -> Components:
         """The first `count` of samples (n, *data)."""
+        train = shrunk(train)
         with torch.random.fork_rng(devices=[]):  # of wide data they are found by a randomised algorithm
             torch.manual_seed(0)
             spectrum = Spectrum.measure(train, count)
@@ -102,7 +119,8 @@ class Components:
 
     def __call__(self, x: Tensor) -> Tensor:
         assert self.spectrum.basis is not None
-        return (x.double().flatten(1) - self.spectrum.mean) @ self.spectrum.basis.T
+        x = shrunk(x).double().flatten(1)
+        return (x - self.spectrum.mean.to(x.device)) @ self.spectrum.basis.T.to(x.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +148,8 @@ class Reading:
 
     def read(self, x: Tensor) -> Tensor:
         """Probabilities (n, classes)."""
-        return extract(lambda part: self.classifier(shaped(part, self.shape)).softmax(1), x)
+        device = next(self.classifier.parameters()).device
+        return extract(lambda part: self.classifier(shaped(part, self.shape)).softmax(1), x, device=device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,8 +223,8 @@ class Pretrained:
         return Pretrained(path, net, processor, path.resolve().name, digest(*parts))
 
     def __call__(self, x: Tensor) -> Tensor:
-        pixels = _bytes(x).permute(0, 2, 3, 1).numpy()
-        inputs = self.processor([Image.fromarray(p) for p in pixels], return_tensors="pt")
+        pixels = _bytes(x).permute(0, 2, 3, 1).cpu().numpy()
+        inputs = self.processor([Image.fromarray(p) for p in pixels], return_tensors="pt").to(x.device)
         if hasattr(self.net, "get_image_features"):
             return _pooled(self.net.get_image_features(**inputs))
         return _pooled(self.net(**inputs))
@@ -224,10 +243,11 @@ class Pretrained:
 
         tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         words = list(dict.fromkeys(texts))
-        tokens = tokenizer(words, padding=True, truncation=True, return_tensors="pt")
-        known = _pooled(self.net.get_text_features(**tokens)).double()
+        device = next(self.net.parameters()).device
+        tokens = tokenizer(words, padding=True, truncation=True, return_tensors="pt").to(device)
+        known = _pooled(self.net.get_text_features(**tokens)).double().cpu()
         meant = known[[words.index(text) for text in texts]]
-        return 100 * cosine_similarity(extract(self, x), meant).clamp(min=0)
+        return 100 * cosine_similarity(extract(self, x, device=device), meant).clamp(min=0)
 
 
 def _pooled(answer: Any) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Generic, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -35,23 +35,15 @@ class MemoryMeasure(Protocol):
     def __call__(self, fake: Tensor, train: Tensor, held_out: Tensor, seed: int, /) -> Estimate: ...
 
 
+M = TypeVar("M", Measure, MemoryMeasure)
+
+
 @dataclass(frozen=True)
-class Metric:
+class Metric(Generic[M]):
     """A score of samples against real data: how it is measured, which way is better, its name for people, its paper,
     and the settings that a number must be quoted with."""
 
-    measure: Measure
-    better: Better
-    title: str
-    paper: str
-    settings: Settings = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class MemoryMetric:
-    """A score of samples against the training data and held-out data, as `Metric`."""
-
-    measure: MemoryMeasure
+    measure: M
     better: Better
     title: str
     paper: str
@@ -65,21 +57,21 @@ _VENDI, _ALAA = "Friedman and Dieng 2023, arXiv 2210.02410", "Alaa et al. 2022, 
 _MEEHAN = "Meehan et al. 2020, arXiv 2004.05675"
 _K, _BALLS, _DIRECTIONS, _CELLS, _FEWEST = 3, 5, 512, 5, 20  # as in the papers, where these fix them
 
-METRICS: dict[str, Metric] = {
-    "frechet": Metric(frechet_estimate, "lower", "Frechet distance", _HEUSEL),
-    "frechet-unbiased": Metric(frechet_unbiased, "lower", "Frechet distance, unbiased", _CHONG, {"bias": "jackknife"}),
-    "kernel": Metric(lambda a, b, s: kernel_estimate(a, b), "lower", "Kernel distance", _BINKOWSKI, {"degree": 3}),
+METRICS: dict[str, Metric[Measure]] = {
+    "frechet": Metric(frechet_estimate, "lower", "Fréchet", _HEUSEL),
+    "frechet-unbiased": Metric(frechet_unbiased, "lower", "Fréchet, unbiased", _CHONG, {"bias": "jackknife"}),
+    "kernel": Metric(lambda a, b, s: kernel_estimate(a, b), "lower", "Kernel (KID)", _BINKOWSKI, {"degree": 3}),
     "sliced": Metric(
         lambda a, b, s: sliced_estimate(a, b, _DIRECTIONS, s),
         "lower",
-        "Sliced Wasserstein distance",
+        "Sliced Wasserstein",
         _SLICED,
         {"directions": _DIRECTIONS},
     ),
     "sliced-unbiased": Metric(
         lambda a, b, s: sliced_unbiased(a, b, _DIRECTIONS, s),
         "lower",
-        "Sliced Wasserstein distance, unbiased",
+        "Sliced Wasserstein, unbiased",
         _SLICED,
         {"directions": _DIRECTIONS, "bias": "jackknife"},
     ),
@@ -87,16 +79,16 @@ METRICS: dict[str, Metric] = {
     "recall": Metric(lambda a, b, s: recall(a, b, _K), "higher", "Recall", _KYNKAANNIEMI, {"k": _K}),
     "density": Metric(lambda a, b, s: density(a, b, _BALLS), "one", "Density", _NAEEM, {"k": _BALLS}),
     "coverage": Metric(lambda a, b, s: coverage(a, b, _BALLS), "higher", "Coverage", _NAEEM, {"k": _BALLS}),
-    "vendi": Metric(vendi_ratio, "one", "Vendi score over real data's", _VENDI, {"kernel": "cosine"}),
+    "vendi": Metric(vendi_ratio, "one", "Vendi over real data's", _VENDI, {"kernel": "cosine"}),
 }
 
-MEMORY: dict[str, MemoryMetric] = {
-    "copy-ratio": MemoryMetric(copy_ratio_estimate, "one", "Distance to training over held-out data", ""),
-    "authentic": MemoryMetric(lambda x, a, b, s: authentic(x, a), "higher", "Authentic samples", _ALAA),
-    "ct": MemoryMetric(
+MEMORY: dict[str, Metric[MemoryMeasure]] = {
+    "copy-ratio": Metric(copy_ratio_estimate, "one", "Nearest training / held-out", ""),
+    "authentic": Metric(lambda x, a, b, s: authentic(x, a), "higher", "Authentic samples", _ALAA),
+    "ct": Metric(
         lambda x, a, b, s: ct(x, a, b, _CELLS, _FEWEST, s),
         "zero",
-        "Copying test C_T",
+        "C_T, copying test",
         _MEEHAN,
         {"cells": _CELLS, "fewest": _FEWEST},
     ),

@@ -108,10 +108,10 @@ def likelihoods(
     return {
         "about": _about(step, span, unit, flow, len(held.x), lam),
         "unit": unit,
-        "bound": _entry("variational bound", bounds[0].mean, bounds[0].error, shift, "held-out samples", settings),
+        "bound": _entry("variational bound", bounds[0].mean, bounds[0].error, shift, "an upper bound", settings),
         "bound on training samples": _entry(
             "variational bound, training samples", bounds[1].mean, bounds[1].error, shift,
-            "far below the held-out ones': memorised", settings,
+            "far below the held-out ones', these were memorised", settings,
         ),
         "flow": _entry("probability flow", flow.mean, flow.error, shift, note, made),
         "terms": [{key: _figure(value) for key, value in term._asdict().items()} for term in bounds[0].terms],

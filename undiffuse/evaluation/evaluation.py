@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from undiffuse.data import Data
-from undiffuse.evals import Features, open_features
-from undiffuse.evals.features import hash_of
+from undiffuse.evals import Features, extract, open_features
+from undiffuse.evals.features import Pixels, hash_of
 from undiffuse.evals.memory import Suspects, suspects
 from undiffuse.evaluation.density import likelihoods, needs_data
 from undiffuse.evaluation.drawn import Progress, Sampler
@@ -196,7 +196,9 @@ class _Scoring:
             asked = {"class": adherence(self.judge, x, labels)} if self.judge else {}
             asked |= clip_scores(self.features, x, held.x, labels, names) if names else {}
         found = {} if self.judge is None else histogram(self.judge, x, held.x, names or tuple(map(str, range(classes))))
-        memory, copies = memorisation(x, known.x, held.x, seed), suspects(x, known.x, held.x, 10)
+        memory = memorisation(x, known.x, held.x, seed)
+        pixels = [extract(Pixels(), part) for part in (x, known.x, held.x)]
+        copies = suspects(pixels[0], pixels[1], pixels[2], 10)
         self.progress("scores", 1, 1)
         sampler = {**sampler, "trained on": {"name": known.name, "n": len(known), "sha256": hash_of(known.x)}}
         return Evaluation(

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from undiffuse.config import Config
-from undiffuse.data import Data, materialise, open_source
+from undiffuse.data import Data, Subset, materialise, open_source
+from undiffuse.data.source import choice
 from undiffuse.rundata import RunData, about_of
 from undiffuse.types import InputError
 
@@ -36,7 +37,15 @@ def data_of_run(config: Config, run: Path, n: int) -> tuple[Data, Data]:
         data = RunData.of(Config({**config.values, "held_out": n}, config.given))
     if n > len(data.held_out):
         raise InputError(f"-n {n}: {run} held out {len(data.held_out)} samples of {data.source.name}, ask for as many")
-    return data.train, data.held_out
+    return _enough(data, n or len(data.held_out)), data.held_out
+
+
+def _enough(data: RunData, n: int) -> Data:
+    """The training samples in memory; of large data, where these are few, n of them."""
+    n = min(n, len(data.source))
+    if len(data.train) >= n:
+        return data.train
+    return materialise(Subset(data.source, choice(data.source, n), data.source.name), data.prepare)
 
 
 def data_of_samples(target: str, layer: Mapping[str, Any], n: int) -> tuple[Data, Data, Data]:
@@ -60,4 +69,4 @@ def data_of_samples(target: str, layer: Mapping[str, Any], n: int) -> tuple[Data
             f"{target} has samples of shape {tuple(samples.x.shape[1:])}, {data.source.name} of "
             f"{tuple(data.held_out.x.shape[1:])}: give data.size and data.channels that suit both"
         )
-    return samples, data.train, data.held_out
+    return samples, _enough(data, n or min(len(samples), len(data.held_out))), data.held_out

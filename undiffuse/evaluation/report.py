@@ -21,46 +21,38 @@ from undiffuse.train import replace_text
 SHOWN = 60
 
 
-def number(value: float | None) -> str:
+def number(value: float | None, digits: int = 3) -> str:
     """A figure as people read it; a dash where there is none.
 
     >>> number(0.123456), number(12.3456), number(None)
-    ('0.1235', '12.35', '–')
+    ('0.123', '12.3', '–')
     """
     if value is None or math.isnan(value):
         return "–"
-    return f"{value:.4g}"
+    return f"{value:.{digits}g}".replace("-", "−")
 
 
-def interval(found: Estimate) -> str:
-    """low … high, or a dash."""
-    return "–" if math.isnan(found.low) else f"{number(found.low)} … {number(found.high)}"
+def with_interval(found: Estimate) -> str:
+    """A figure with its 95 % interval on a second line, where there is one.
+
+    >>> with_interval(Estimate(0.5, 0.25, 0.75)), with_interval(Estimate(0.5))
+    ('0.5\\n0.25 … 0.75', '0.5')
+    """
+    if math.isnan(found.low):
+        return number(found.value)
+    return f"{number(found.value)}\n{number(found.low)} … {number(found.high)}"
+
+
+WORDS = {"lower": "lower", "higher": "higher", "one": "near 1", "zero": "near 0"}
+HEADER = ["score\n95 % interval", "samples", "real samples", "better"]
+LIKELIHOODS = ("bound", "bound on training samples", "flow")
 
 
 def rows_of(scores: Mapping[str, Score]) -> list[list[str]]:
-    """A row a score: title, value, interval, the floor, which way is better."""
-    words = {"lower": "lower is better", "higher": "higher is better", "one": "1 is best", "zero": "0 is best"}
+    """A row a score: title, value and floor with their intervals, which way is better or why there is none."""
     return [
-        [
-            s.title, number(s.found.value), interval(s.found), number(s.floor.value), interval(s.floor),
-            s.why or words.get(s.better, s.better),
-        ]
-        for s in scores.values()
-    ]  # fmt: skip
-
-
-LIKELIHOODS = ("bound", "bound on training samples", "flow")
-HEADER = ["score", "samples", "95 % interval", "real samples", "95 % interval", ""]
-
-
-def brief(row: list[str]) -> list[str]:
-    """A row with each interval beside its value."""
-    title, value, within, floor, about, note = row
-
-    def both(a: str, b: str) -> str:
-        return a if b == "–" else f"{a} ({b})"
-
-    return [title, both(value, within), both(floor, about), note]
+        [s.title, with_interval(s.found), with_interval(s.floor), s.why or WORDS[s.better]] for s in scores.values()
+    ]
 
 
 def write(found: Evaluation, folder: Path) -> Path:
@@ -112,10 +104,10 @@ def cards(found: Evaluation) -> list[tuple[str, str]]:
     first = next(iter(found.scores))
     out = []
     for group, name, text in (
-        (found.scores[first], "frechet-unbiased", f"Fréchet distance without bias, on {first} (real samples: {{}})"),
-        (found.scores[first], "precision", f"precision on {first} (real samples: {{}})"),
-        (found.scores[first], "recall", f"recall on {first} (real samples: {{}})"),
-        (found.adherence, "class", "read as the class asked for (real samples: {})"),
+        (found.scores[first], "frechet-unbiased", f"Fréchet distance without bias, on {first}; real samples {{}}"),
+        (found.scores[first], "precision", f"precision on {first}; real samples {{}}"),
+        (found.scores[first], "recall", f"recall on {first}; real samples {{}}"),
+        (found.adherence, "class", "read as the class asked for; real samples {}"),
     ):
         if name in group and not math.isnan(group[name].found.value):
             out.append((number(group[name].found.value), text.format(number(group[name].floor.value))))
@@ -131,8 +123,8 @@ def _body(found: Evaluation, folder: Path, pictures: Mapping[str, Path]) -> str:
     made = "".join(f'<div class="card"><b>{a}</b><span>{html.escape(b)}</span></div>' for a, b in cards(found))
     parts = [
         "<h1>Evaluation</h1>",
-        f'<p class="lead">{n:,} samples against {held["n"]:,} real ones that training has not seen '
-        f"({html.escape(held['name'])}). Beside every score stands its floor: what {n:,} real training samples score "
+        f'<p class="lead">{n:,} samples against {held["n"]:,} real ones that training has not seen: '
+        f"{html.escape(held['name'])}. Beside every score stands its floor: what {n:,} real training samples score "
         "in place of the generated ones. A score within the floor's interval cannot be told from real data by it.</p>",
         f'<div class="cards">{made}</div>',
         "".join(f'<p class="warning"><b>Warning:</b> {html.escape(text)}.</p>' for text in found.warnings),
@@ -193,16 +185,16 @@ def _body(found: Evaluation, folder: Path, pictures: Mapping[str, Path]) -> str:
 
 def _likelihood(found: Mapping[str, Any], pictures: Mapping[str, Path]) -> list[str]:
     rows = [
-        [
-            found[name]["title"], number(found[name]["value"]),
-            interval(Estimate(found[name]["value"], found[name]["low"], found[name]["high"])), found[name]["note"],
-        ]
-        for name in LIKELIHOODS if name in found
-    ]  # fmt: skip
+        [found[name]["title"], with_interval(Estimate(*(found[name][k] for k in ("value", "low", "high"))))]
+        for name in LIKELIHOODS
+        if name in found
+    ]
+    notes = " ".join(f"{found[name]['title'].capitalize()}: {found[name]['note']}." for name in LIKELIHOODS)
     return [
         "<h2>Likelihood</h2>",
         f"<p>{html.escape(found['about'])}</p>",
-        plot.table_html(["bits per dimension", "", "95 % interval", ""], rows),
+        plot.table_html(["bits per dimension\n95 % interval", ""], rows),
+        f"<p>{html.escape(notes)}</p>",
         _figure(
             pictures, "bound", "Terms of the bound", "The bound's terms over noise levels: where bits are spent.", 640
         ),

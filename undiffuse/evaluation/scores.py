@@ -13,7 +13,7 @@ from torch import Tensor
 from undiffuse.data import Data
 from undiffuse.evals import Estimate, Features, Pretrained, Reader, Reading, extract
 from undiffuse.evals.estimate import mean, share
-from undiffuse.evals.features import hash_of
+from undiffuse.evals.features import Pixels, hash_of
 from undiffuse.evals.metrics import MEMORY, METRICS
 from undiffuse.evals.support import classes
 from undiffuse.train import Processes
@@ -53,7 +53,8 @@ class Real:
 
     def of(self, x: Tensor) -> Tensor:
         """Features of samples, each process extracting its part."""
-        return self.processes.divide(len(x), lambda k: extract(self.features, x[k.start : k.stop]))
+        device = self.processes.device
+        return self.processes.divide(len(x), lambda k: extract(self.features, x[k.start : k.stop], device=device))
 
     def score(self, x: Tensor, seed: int, names: Sequence[str] = tuple(METRICS)) -> dict[str, Score]:
         """The named metrics of samples x (n, *data)."""
@@ -71,9 +72,9 @@ class Real:
 
 
 def memorisation(x: Tensor, train: Tensor, held_out: Tensor, seed: int) -> dict[str, Score]:
-    """The metrics of copying, on pixels; the floor is one half of the held-out samples, judged by the other."""
+    """The metrics of copying, on `Pixels`; the floor is one half of the held-out samples, judged by the other."""
     known = {"training samples": hash_of(train)}
-    x, train, held_out = (part.flatten(1).double() for part in (x, train, held_out))
+    x, train, held_out = (extract(Pixels(), part) for part in (x, train, held_out))
     half, out = len(held_out) // 2, {}
     for name, metric in MEMORY.items():
         why, found, floor = "", NOTHING, NOTHING
