@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed check, 2 bad input, 75 try again.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,7 @@ from undiffuse import evaluation, plot
 from undiffuse.certify import Certificate
 from undiffuse.certify import certify as measure
 from undiffuse.config import DEFAULTS, KINDS, Config, fields, parse_overrides
+from undiffuse.data.source import digest
 from undiffuse.denoise import Counter
 from undiffuse.evaluation import report
 from undiffuse.evaluation.open import data_of_run, data_of_samples, find_run
@@ -319,8 +321,10 @@ def _shards(job: bulk_module.Job, model: Model, engine: str, workers: int | None
     _say(as_json, asdict(report), text + f"{report.remade} made again; {report.seconds:.1f} s{speed}")
 
 
-def _numbers(words: str, option: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
-    """The numbers of an option between commas; none for an empty one."""
+def _numbers(words: str | None, option: str, kind: Callable[[str], Any]) -> tuple[Any, ...] | None:
+    """The numbers of an option between commas; none for an empty one, None where it was not given."""
+    if words is None:
+        return None
     try:
         return tuple(kind(word) for word in words.split(",") if word.strip())
     except ValueError as error:
@@ -341,12 +345,20 @@ def evaluate(
             "transformers=FOLDER (CLIP, DINOv2)"
         ),
     ] = "auto",
-    over_steps: Annotated[str, typer.Option(help="numbers of steps for the curve; empty: none")] = "5,10,20,50",
-    over_w: Annotated[str, typer.Option(help="guidance weights for the curve; empty: none")] = "1,1.5,2,3,5",
-    likelihood: Annotated[int, typer.Option(help="held-out samples for bits per dimension; 0: none")] = 64,
+    over_steps: Annotated[
+        str | None, typer.Option(help="numbers of steps for the curve; empty: none; default 5,10,20,50")
+    ] = None,
+    over_w: Annotated[
+        str | None, typer.Option(help="guidance weights for the curve; empty: none; default 1,1.5,2,3,5")
+    ] = None,
+    likelihood: Annotated[
+        int | None, typer.Option(help="held-out samples for bits per dimension; 0: none; default 64")
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="sample by a saved tableau instead of solver and grid")] = None,
     seed: Annotated[int, typer.Option(help="of the samples and of the metrics")] = 0,
-    out: Annotated[Path | None, typer.Option(help="a folder; default RUN/evaluations/SOLVER-STEPS-W")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="a folder; default RUN/evaluations/SOLVER-STEPS-W-..., one for all settings")
+    ] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="two folders or evaluation.json files, nothing is sampled")
     ] = None,
@@ -364,42 +376,56 @@ def evaluate(
         if target is not None or overrides:
             raise InputError("--compare takes two finished evaluations and nothing else")
         return _compared(compare, as_json)
-    if target is None:
+    if target is None or not target.strip():
         raise InputError("evaluate needs a run folder or samples, such as `undiffuse evaluate runs/digits`")
     layer = parse_overrides(overrides or [])
-    steps = _numbers(over_steps, "--over-steps", int)
-    choices = evaluation.Choices(number, features, steps, _numbers(over_w, "--over-w", float), likelihood, seed)
+    steps, ws = _numbers(over_steps, "--over-steps", int), _numbers(over_w, "--over-w", float)
+    choices = evaluation.Choices(number, features, steps, ws, likelihood, seed)
     run = find_run(target)
     if run is None:
         if not Path(target).exists() and not re.search(r"://|[*{]", target):
             raise InputError(
-                f"{target} is neither a run folder, nor the name of one in runs/, nor samples: train one with "
-                f"`undiffuse train out=runs/{Path(target).name}`"
+                f"{target!r} is neither a run folder, nor the name of one in runs/, nor samples: train one with "
+                f"`undiffuse train out=runs/{Path(target).name or 'NAME'}`"
             )
         if plan is not None or dry_run:
             raise InputError("--plan and --dry-run are for runs: these samples are made by now")
+        folder = out if out is not None else Path(f"{Path(target.rstrip('/')).stem}-evaluation")
+        report.writable(folder)
         samples, train, held_out = data_of_samples(target, layer, number)
-        with Bars(as_json) as bars:
+        with _not_kept(), Bars(as_json) as bars:
             found = evaluation.evaluate_samples(samples, train, held_out, choices, progress=_stages(bars))
-        return _evaluated(found, out or Path(f"{target.rstrip('/')}-evaluation"), as_json)
+        return _evaluated(found, folder, as_json)
     model = Model.load(run)
     config = bulk_module.configure(model, layer)
     if dry_run:
         return _dry(config, as_json)
     table = None if plan is None else Tableau.load(plan)
+    name = plan.stem if plan is not None else _how(config, bool(model.classes))
+    settings = [*(config.values[key] for key in bulk_module.SETTINGS), asdict(choices), str(plan), device]
+    folder = out if out is not None else run / "evaluations" / f"{name}-{digest(json.dumps(settings))[:6]}"
+    report.writable(folder)
     processes = Processes.start(device)
     train, held_out = data_of_run(model.config, run, number)
     model.denoiser.to(processes.device)
     values = config.values["train"]
-    with Bars(as_json or not processes.main) as bars:
+    with _not_kept(), Bars(as_json or not processes.main) as bars:
         found = evaluation.evaluate(
             model.using(config), train, held_out, choices, plan=table, processes=processes, progress=_stages(bars),
-            weights=f"average of gamma {values['ema_gamma']:g} after {values['steps']:,} steps",
+            weights=f"average of gamma {values['ema_gamma']:g} after {values['steps']:,} steps", run=str(run),
         )  # fmt: skip
     processes.end()
     if processes.main:
-        name = plan.stem if plan is not None else _how(config, bool(model.classes))
-        _evaluated(found, out or run / "evaluations" / name, as_json)
+        _evaluated(found, folder, as_json)
+
+
+@contextlib.contextmanager
+def _not_kept() -> Iterator[None]:
+    """Around what has nothing to go on from when it is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted; an evaluation keeps nothing: start it again", 130))
 
 
 def _stages(bars: Bars) -> Callable[[str, int, int], None]:
@@ -408,8 +434,6 @@ def _stages(bars: Bars) -> Callable[[str, int, int], None]:
 
 def _evaluated(found: evaluation.Evaluation, folder: Path, as_json: bool) -> None:
     """Write an evaluation and show it."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {folder} is a file: give the name of a folder")
     page = evaluation.write(found, folder)
     if as_json:
         return print(json.dumps({"folder": str(folder), **found.json()}))

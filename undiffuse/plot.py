@@ -209,7 +209,7 @@ def plot_scores(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Scores over the number of steps and over guidance weights, a row each: distances with their intervals and floors,
     and shares."""
     shares = {"precision": "precision", "recall": "recall", "adherence": "read as asked"}
-    figure, panels = _figure(9.6, 2.9 * len(curves), len(curves), 3)
+    figure, panels = _figure(9.6, 3.0 * len(curves), len(curves), 3)
     for (key, rows), row in zip(curves.items(), np.atleast_2d(panels), strict=True):
         for at, name, label in (
             (row[0], "frechet-unbiased", "Fréchet distance, unbiased"),
@@ -222,7 +222,9 @@ def plot_scores(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
                 _scores_over(row[2], key, rows, name, color, label)
         row[2].set_ylim(0, 1.02)
         row[2].set_ylabel("share of samples", fontsize=9)
-        row[2].legend(frameon=False, fontsize=8)
+        row[2].legend(
+            frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, columnspacing=1
+        )
         for at in row:
             at.set_xlabel("steps" if key == "steps" else f"guidance weight {key}", fontsize=9)
     _save(figure, path)
@@ -242,11 +244,38 @@ def _scores_over(axes: Any, key: str, rows: Sequence[dict[str, Any]], name: str,
     )
     if len(at) == 1:
         axes.vlines(at, low, high, color=color, alpha=0.3)
+        axes.set_xlim(0.5 * at[0], 1.5 * at[0] + 1e-9) if at[0] > 0 else None
     axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
     axes.plot(at, value, color=color, marker="o", markersize=4, linewidth=2, label=label or None)
-    floor = rows[0][name]["floor"]
-    if floor is not None:
-        axes.axhline(floor, color=color if label else MUTED, linewidth=1, linestyle="--")
+    floor, shade = rows[0][name]["floor"], color if label else MUTED
+    if floor["value"] is not None:
+        axes.axhline(floor["value"], color=shade, linewidth=1, linestyle="--")
+    if not label and floor["low"] is not None:
+        axes.axhspan(floor["low"], floor["high"], color=shade, alpha=0.12, linewidth=0)
+
+
+def plot_samples(x: Tensor, others: Tensor, path: Path, labels: tuple[str, str]) -> None:
+    """Samples that are no images beside others: points of the plane as a scatter, anything else as curves, a panel for
+    each of at most ten pairs."""
+    if math.prod(x.shape[1:]) == 2:
+        figure, axes = _figure(5.6, 4.2)
+        few = len(x) < 50
+        for part, color, label, size in ((others, MUTED, labels[1], 90), (x, ACCENT, labels[0], 20)):
+            size = size if few else 8
+            axes.scatter(*part.flatten(1).T.tolist(), s=size, color=color, alpha=0.6, linewidth=0, label=label)
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+        return _save(figure, path)
+    n = min(len(x), 10)
+    figure, panels = _figure(9.6, 1.6 * math.ceil(n / 5), math.ceil(n / 5), min(n, 5))
+    for i, axes in enumerate(np.atleast_1d(np.asarray(panels, object)).flat):
+        axes.set_xticks([])
+        if i >= n:
+            axes.set_axis_off()
+            continue
+        axes.plot(others[i].flatten().tolist(), color=MUTED, linewidth=1)
+        axes.plot(x[i].flatten().tolist(), color=ACCENT, linewidth=1.4)
+    _save(figure, path)
 
 
 def plot_classes(samples: Sequence[int], real: Sequence[int], names: Sequence[str], path: Path) -> None:

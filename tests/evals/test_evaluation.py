@@ -29,7 +29,7 @@ from undiffuse.evals import METRICS
 from undiffuse.evaluation import Choices, compare, evaluate, evaluate_samples, read, write
 from undiffuse.evaluation.density import likelihoods, quantisation, spacing
 from undiffuse.model import Model
-from undiffuse.train import NonFinite, Processes
+from undiffuse.train import MANIFEST, NonFinite, Processes
 
 SPECTRUM = Spectrum(torch.zeros(4), torch.tensor([1.0, 0.5, 0.3, 0.1]) ** 2, shape=(1, 2, 2))
 FEW = Choices(features="pixels", over_steps=(), likelihood=0)
@@ -176,6 +176,72 @@ def test_the_number_of_processes_changes_nothing(digits):
     assert json.loads(alone)["scores"]["adherence"]["class"]["value"] is not None
 
 
+def test_copies_among_fresh_samples_are_found():
+    """A tenth of them, which averages over all samples do not show."""
+    mixed = drawn(500, 3).x.clone()
+    mixed[::10] = TRAIN.x[:50]
+    found = evaluate_samples(Data(mixed, None, "mixed"), TRAIN, HELD, FEW)
+    near = found.memory["near-copies"]
+    assert near.found.value >= 0.1
+    assert near.found.low > near.floor.high
+    (warning,) = found.warnings
+    assert "they are copies" in warning
+    assert [row["ratio"] for row in found.json()["copies"]] == [0.0] * 10
+    assert evaluate_samples(drawn(500, 3), TRAIN, HELD, FEW).warnings == ()
+
+
+def test_what_is_odd_is_said():
+    wide = evaluate_samples(Data(100 * drawn(500, 3).x, None, "wide"), TRAIN, HELD, FEW)
+    assert "have they one unit?" in wide.warnings[0]
+    narrow = evaluate_samples(Data(drawn(500, 3).x / 3, None, "narrow"), TRAIN, HELD, FEW)
+    assert "have they one unit?" in narrow.warnings[0]
+    itself = evaluate_samples(HELD, TRAIN, HELD, FEW)
+    assert "500 of the samples are held-out samples" in itself.warnings[0]
+    assert itself.memory["copy-ratio"].why
+    train = Data(torch.cat([TRAIN.x, HELD.x[:7]]), None, "more")
+    assert "7 of the 500 held-out samples are training samples" in evaluate_samples(HELD, train, HELD, FEW).warnings[0]
+    with pytest.raises(InputError, match="training data itself"):
+        evaluate_samples(drawn(500, 3), TRAIN, TRAIN, FEW)
+
+
+def test_a_judge_at_chance_is_no_measure():
+    """Labels that say nothing of the samples."""
+    coin = torch.randint(0, 2, (1100,), generator=torch.Generator().manual_seed(0))
+    train, held = Data(TRAIN.x, coin[:600], "coin"), Data(HELD.x, coin[600:], "coin")
+    found = evaluate_samples(Data(drawn(500, 3).x, coin[:500], "samples"), train, held, FEW)
+    assert any("reads only" in warning for warning in found.warnings)
+    assert sum(found.classes["real"]) == 500
+    with pytest.raises(InputError, match="label 4"):
+        evaluate_samples(Data(drawn(500, 3).x, torch.arange(500) % 5, "five"), train, held, FEW)
+
+
+@pytest.mark.parametrize("choices", [{"over_steps": (2,)}, {"over_w": (1.0,)}, {"likelihood": 5}])
+def test_samples_have_no_curves_and_no_likelihood(choices):
+    with pytest.raises(InputError, match="need a model"):
+        evaluate_samples(drawn(500, 3), TRAIN, HELD, replace(FEW, **choices))
+
+
+def test_curves_that_a_sampler_does_not_have():
+    with pytest.raises(InputError, match="not guided"):
+        evaluate(EXACT, TRAIN, HELD, replace(FEW, over_w=(1.0, 2.0)))
+    with pytest.raises(InputError, match="chooses its steps"):
+        evaluate(model_of(Gaussian(SPECTRUM), solver="adaptive"), TRAIN, HELD, replace(FEW, over_steps=(5,)))
+    plan = trace(DDIM(), UniformLam()(VP(), 5))
+    with pytest.raises(InputError, match="own steps"):
+        evaluate(EXACT, TRAIN, HELD, replace(FEW, over_steps=(5,)), plan=plan)
+    with pytest.raises(InputError, match="there are 500 held-out"):
+        evaluate(EXACT, TRAIN, HELD, replace(FEW, likelihood=501))
+
+
+def test_few_samples_have_no_unbiased_distance():
+    x = drawn(40, 1).x.repeat(1, 1, 5, 5) + torch.randn(40, 1, 10, 10, generator=torch.Generator().manual_seed(0))
+    samples, train, held = (Data(part, None, "few") for part in (x[:12], x[12:26], x[26:]))
+    found = evaluate_samples(samples, train, held, FEW).scores["pixels"]["frechet-unbiased"]
+    assert "too few" in found.why
+    auto = evaluate_samples(samples, train, held, replace(FEW, features="auto")).scores["pca"]
+    assert auto["frechet-unbiased"].found.low < auto["frechet-unbiased"].found.value
+
+
 def test_samples_of_any_origin():
     """Scored like a model's."""
     fresh = evaluate_samples(drawn(500, 3), TRAIN, HELD, FEW)
@@ -206,8 +272,7 @@ def test_scores_on_features_that_a_sampler_was_tuned_on_are_flagged(tmp_path):
     plan.save(tmp_path / "plan.safetensors")
     plan = type(plan).load(tmp_path / "plan.safetensors")
     found = evaluate(EXACT, TRAIN, HELD, replace(FEW, features="pca=2,pixels", n=50), plan=plan)
-    (warning,) = found.warnings
-    assert "tuned on the features pca=2" in warning
+    assert "tuned on the features pca=2" in found.warnings[0]
 
 
 def test_comparing(exact, tmp_path):
@@ -254,8 +319,18 @@ def test_other_features_of_one_name_are_left_out():
     assert {row.group for row in found.rows} == {"pixels"}
     assert "sha256" in found.left_out["pca=2"]
     assert {name for name in found.left_out if name.startswith("memory")} == {
-        "memory: copy-ratio", "memory: authentic", "memory: ct"
+        "memory: copy-ratio", "memory: near-copies", "memory: authentic", "memory: ct"
     }  # fmt: skip
+
+
+def test_damaged_evaluations_are_refused(exact):
+    good = exact.json()
+    assert compare(exact, good).rows
+    for change in ({"measure": {}}, {"measure": 3}, {"scores": None}):
+        with pytest.raises(InputError, match=r"damaged|cannot be compared"):
+            compare({**good, **change}, good)
+    with pytest.raises(InputError, match="damaged"):
+        compare({}, {})
 
 
 @pytest.mark.parametrize(
@@ -272,8 +347,16 @@ def test_what_cannot_be_compared(tmp_path, content, why):
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"n": 1}, ">= 2"),
-        ({"n": -3}, ">= 2"),
+        ({"n": 1}, ">= 10"),
+        ({"n": -3}, ">= 10"),
+        ({"n": 12.5}, "whole number"),
+        ({"seed": -1}, "from 0 to"),
+        ({"seed": 2**70}, "from 0 to"),
+        ({"features": ""}, "unknown features"),
+        ({"features": ("pca",)}, "words such as"),
+        ({"over_steps": 5}, "numbers >= 1"),
+        ({"over_steps": (5.5,)}, "numbers >= 1"),
+        ({"over_w": ("a",)}, "guidance weights"),
         ({"likelihood": 1}, ">= 2"),
         ({"over_steps": (0,)}, "numbers >= 1"),
         ({"over_w": (float("nan"),)}, "guidance weights"),
@@ -392,7 +475,7 @@ def test_a_model_that_diffusers_trained(tmp_path):
     assert found.classes["names"] == [str(k) for k in range(10)]
     assert found.likelihood["bound"]["value"] > 0
     assert found.adherence == {}
-    assert write(found, tmp_path).is_file()
+    assert write(found, tmp_path / "e").is_file()
 
     theirs = DDIMScheduler(num_train_timesteps=1000, set_alpha_to_one=True, clip_sample=False)
     theirs.set_timesteps(10)
@@ -413,19 +496,44 @@ def test_report_and_files(exact, tmp_path):
         assert words in page
     assert "http" not in page.replace("http-equiv", "")
     files = {path.name for path in (tmp_path / "deep" / "er").iterdir()}
-    assert files == {"evaluation.json", "report.html", "samples.png", "copies.png", "curves.png", "bound.png"}
+    pictures = {"samples.png", "copies.png", "curves.png", "bound.png"}
+    assert files == {"evaluation.json", "report.html", MANIFEST, *pictures}
     assert json.loads((tmp_path / "deep" / "er" / "evaluation.json").read_text()) == exact.json()
 
 
-def test_signals_have_no_pictures(tmp_path):
+def test_an_evaluation_is_written_whole(exact, tmp_path, monkeypatch):
+    """An older one stays as it was where the new one cannot be written; other files are never touched."""
+    write(exact, str(tmp_path / "e"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "e").iterdir()}
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("undiffuse.plot.page", fail)
+        with pytest.raises(OSError, match="No space"):
+            write(replace(exact, curves={}), tmp_path / "e")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "e").iterdir()}
+    write(replace(exact, curves={}), tmp_path / "e")
+    assert not (tmp_path / "e" / "curves.png").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    for place in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt", tmp_path / "mine" / "thesis.txt" / "x", ""):
+        with pytest.raises(InputError, match="folder"):
+            write(exact, place)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+
+
+def test_signals_have_pictures_of_their_own(tmp_path):
     spectrum = Spectrum(torch.zeros(6), torch.ones(6) / 4, shape=(1, 6))
     data = [Data(torch.randn(60, 1, 6, generator=torch.Generator().manual_seed(k)) / 2) for k in (1, 2)]
     model = Model(Gaussian(spectrum).eval(), VP(), 0, spectrum, Config.resolve())
     found = evaluate(model, *data, replace(FEW, features="auto", likelihood=10))
     assert set(found.scores) == {"pca"}
-    page = write(found, tmp_path)
-    assert not (tmp_path / "samples.png").exists()
-    assert "Did it copy?" in page.read_text()
+    page = write(found, tmp_path / "e")
+    assert (tmp_path / "e" / "samples.png").is_file()
+    assert (tmp_path / "e" / "copies.png").is_file()
+    assert "in gray, those training samples" in page.read_text()
 
 
 def test_the_command(digits, run, tmp_path):
@@ -455,7 +563,7 @@ def test_the_command(digits, run, tmp_path):
     )
     assert code == 0
     assert "real samples" in out
-    folder = digits / "evaluations" / "ddim-3-w1"
+    (folder,) = (digits / "evaluations").glob("ddim-3-w1-*")
     assert (folder / "evaluation.json").is_file()
     code, out, _ = run("evaluate", "--compare", tmp_path / "out", folder)
     assert code == 0
@@ -479,6 +587,13 @@ def test_the_command_on_samples(digits, run, tmp_path):
     assert (code, "made by now" in err) == (2, True)
     code, _, err = run("evaluate", samples, "data=toy-moons")
     assert (code, "shape" in err) == (2, True)
+    code, _, err = run("evaluate", samples, "data=digits", "--likelihood", 5)
+    assert (code, "need a model" in err) == (2, True)
+    broken = x.numpy().copy()
+    broken[3] = np.nan
+    np.savez(samples, x=broken)
+    code, _, err = run("evaluate", samples, "data=digits")
+    assert (code, "1 of the 80 samples" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -486,6 +601,11 @@ def test_the_command_on_samples(digits, run, tmp_path):
     [
         ([], "needs a run folder or samples"),
         (["nowhere"], "undiffuse train out=runs/nowhere"),
+        ([""], "needs a run folder or samples"),
+        (["RUN", "--device", "tpu"], "auto, cpu or cuda"),
+        (["RUN", "--out", ""], "folder of its own"),
+        (["RUN", "--out", "README.md"], "is a file"),
+        (["RUN", "--seed", "-1"], "seed must be"),
         (["RUN", "--over-steps", "two"], "--over-steps must be numbers"),
         (["RUN", "--features", "digitz"], "did you mean 'digits'"),
         (["RUN", "-n", "5000"], "held out 797"),

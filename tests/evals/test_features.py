@@ -38,7 +38,8 @@ def test_components_are_the_projections_with_the_largest_variance():
     z = z @ torch.linalg.inv(torch.linalg.cholesky(z.T @ z / len(z))).T
     x = (z * scales) @ q.T + 2
     found = Components.of(x.reshape(-1, 1, 2, 2), 2)(x.reshape(-1, 1, 2, 2))
-    assert torch.allclose(found.abs(), (z * scales)[:, :2].abs(), atol=1e-6)
+    expected = (z * scales)[:, :2] / scales.square().mean().sqrt()
+    assert torch.allclose(found.abs(), expected.abs(), atol=1e-6)
 
 
 def test_components_of_wide_data_are_repeatable():

@@ -18,7 +18,7 @@ from undiffuse.evals.distances import (
     sliced_unbiased,
 )
 from undiffuse.evals.estimate import Estimate, blocks, features, interval, jackknife, mean, share, some
-from undiffuse.evals.memory import authentic, copy_ratio, copy_ratio_estimate, ct, suspects
+from undiffuse.evals.memory import authentic, copy_ratio, copy_ratio_estimate, ct, near_copies, suspects
 from undiffuse.evals.metrics import MEMORY, METRICS
 from undiffuse.evals.support import (
     classes,
@@ -164,12 +164,10 @@ def test_frechet_interval_shrinks_and_tells_different_sets_apart(digits):
     assert frechet_unbiased(a, 1.1 * b).low > 0
 
 
-def test_frechet_interval_needs_two_samples_a_feature():
-    a, b = normal(127, 64), normal(200, 64, seed=1)
-    found = frechet_unbiased(a, b)
-    assert math.isnan(found.low)
-    assert math.isnan(found.high)
-    assert abs(found.value) < 0.1 * frechet(a, b)
+def test_frechet_without_bias_needs_two_samples_a_feature():
+    b = normal(200, 64, seed=1)
+    with pytest.raises(InputError, match="127 samples are too few for 64 features: take 128"):
+        frechet_unbiased(normal(127, 64), b)
     assert holds(frechet_unbiased(normal(128, 64), b))
 
 
@@ -504,26 +502,26 @@ def test_copy_ratio_leaves_blocks_out_of_all_sets():
 
 
 def test_suspects_are_the_copies():
-    x, train, held_out = normal(40, 4), normal(90, 4, seed=1), normal(100, 4, seed=2)
+    x, train = normal(40, 4), normal(90, 4, seed=1)
     x[[3, 30]] = train[[80, 7]] + torch.tensor([[1e-6], [1e-4]]).double()
-    x[5] = train[9] = held_out[0] = 9.0  # in both sets alike: no suspect
-    found = suspects(x, train, held_out[:90], count=3)
+    train[11] = train[80]  # twice there, which hides nothing
+    found = suspects(x, train, count=3)
     assert found.sample[:2].tolist() == [3, 30]
-    assert found.train[:2].tolist() == [80, 7]
+    assert found.train[:2].tolist() == [11, 7]
     assert found.distance[:2].tolist() == pytest.approx([2e-6, 2e-4], rel=1e-4)
+    own = (train - train[7]).norm(dim=1).sort().values[1]
+    assert float(found.ratio[1]) == pytest.approx(2e-4 / float(own), rel=1e-4)
     assert bool((found.ratio.diff() >= 0).all())
     assert len(found.ratio) == 3
-    every = suspects(x, train, held_out[:90], count=100)
-    assert float(every.ratio[every.sample == 5]) == 1
+    every = suspects(x, train, count=100)
     assert sorted(every.sample.tolist()) == list(range(40))
-
-
-def test_suspects_compare_with_equally_many():
-    """With 9 times as many training samples as held-out ones, fresh draws would all look suspicious."""
-    x, train, held_out = normal(300, 2), normal(900, 2, seed=1), normal(100, 2, seed=2)
-    found = suspects(x, train, held_out, count=300)
-    assert 0.35 < float((found.ratio < 1).double().mean()) < 0.65
-    assert torch.allclose((x[found.sample] - train[found.train]).norm(dim=1), found.distance, atol=1e-12)
+    assert torch.allclose((x[every.sample] - train[every.train]).norm(dim=1), every.distance, atol=1e-12)
+    assert every.rows()[0] == {
+        "sample": 3,
+        "train": 11,
+        "distance": float(every.distance[0]),
+        "ratio": float(every.ratio[0]),
+    }
 
 
 # the table
@@ -539,7 +537,7 @@ MEASURES = [pytest.param(m.measure, (REAL, FAKE), id=name) for name, m in METRIC
 def test_measures_know_neither_order_nor_chance(measure, sets):
     found = measure(*sets, 3)
     assert isinstance(found, Estimate)
-    assert found.low < found.value < found.high
+    assert found.low <= found.value < found.high
     assert measure(*sets, 3) == found
     assert measure(*(x.float().double() for x in sets), 3) == pytest.approx(found, rel=1e-4)
     assert measure(*(shuffled(x, seed=i) for i, x in enumerate(sets)), 3) == pytest.approx(found, rel=1e-7, abs=1e-10)
@@ -593,7 +591,7 @@ def test_the_table_says_what_was_measured():
     assert METRICS["kernel"].measure(REAL, FAKE, 0).value == kernel(REAL, FAKE)
     for metric in (*METRICS.values(), *MEMORY.values()):
         assert metric.title
-        assert metric.better in ("lower", "higher", "one", "zero")
+        assert metric.better in ("lower", "higher", "one", "zero", "floor")
 
 
 def test_seeds_draw_what_is_random():
@@ -618,3 +616,17 @@ def test_features_are_flat_float64():
     assert estimate.Estimate(1.0).value == 1
     assert math.isnan(Estimate(1.0).high)
     assert distances(REAL, FAKE) == (frechet(REAL, FAKE), kernel(REAL, FAKE))
+
+
+def test_near_copies_are_counted():
+    """Exact and noisy copies of training rows among fresh draws, and the share of fresh ones that chance makes."""
+    train, x = normal(400, 8, seed=1), normal(400, 8, seed=2)
+    chance = near_copies(x, train).value
+    assert chance < 0.02
+    x[:40], x[40:60] = train[:40], train[40:60] + 0.01 * normal(20, 8, seed=5)
+    found = near_copies(x, train)
+    assert 60 <= round(400 * found.value) <= 60 + 400 * chance
+    assert near_copies(x, torch.cat([train, train])).value == found.value
+    assert near_copies(x, train, times=1.5).value > found.value
+    with pytest.raises(InputError, match="times > 1"):
+        near_copies(x, train, times=1.0)

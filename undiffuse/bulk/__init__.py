@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from undiffuse.bulk.folder import MISSING, finish, inspect, trouble_of
-from undiffuse.bulk.job import Job, configure, plan
+from undiffuse.bulk.job import SETTINGS, Job, configure, plan
 from undiffuse.bulk.make import Count, Maker, Progress
 from undiffuse.bulk.ray import on_ray
 from undiffuse.model import Model
 from undiffuse.train import Processes, launched
 from undiffuse.types import InputError
 
-__all__ = ["Job", "Maker", "Report", "bulk", "carry_out", "configure", "plan"]
+__all__ = ["SETTINGS", "Job", "Maker", "Report", "bulk", "carry_out", "configure", "plan"]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,15 @@ from undiffuse.evals.distances import (
 )
 from undiffuse.evals.estimate import Estimate
 from undiffuse.evals.features import FEATURES, Features, Pretrained, Reading, extract, open_features
-from undiffuse.evals.memory import Suspects, authentic, copy_ratio, copy_ratio_estimate, ct, suspects
+from undiffuse.evals.memory import (
+    Suspects,
+    authentic,
+    copy_ratio,
+    copy_ratio_estimate,
+    ct,
+    near_copies,
+    suspects,
+)
 from undiffuse.evals.metrics import MEMORY, METRICS, Metric
 from undiffuse.evals.support import Classes, classes, coverage, density, precision, recall, vendi, vendi_ratio
 
@@ -46,6 +54,7 @@ __all__ = [
     "frechet_unbiased",
     "kernel",
     "kernel_estimate",
+    "near_copies",
     "open_features",
     "precision",
     "recall",

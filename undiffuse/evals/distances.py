@@ -69,8 +69,7 @@ def frechet_unbiased(a: Tensor, b: Tensor, seed: int = 0) -> Estimate:
     about k / n (Chong and Forsyth 2020), which the jackknife over blocks of rows extrapolates to 0.
 
     About 0, often below, for equal distributions; the 95 % interval is the jackknife's, there up to 1.4 times too
-    wide. With fewer than 2 d rows in a set the bias has no such law: the value is what remains of it, and the
-    interval is nan. `seed` draws the blocks.
+    wide. `seed` draws the blocks. Raises `InputError` for sets of fewer than 2 d rows, where the bias has no such law.
 
     >>> draw = torch.Generator().manual_seed(0)
     >>> a, b = (torch.randn(500, 8, generator=draw) for _ in range(2))
@@ -79,9 +78,12 @@ def frechet_unbiased(a: Tensor, b: Tensor, seed: int = 0) -> Estimate:
     (True, True)
     """
     a, b = features(a, b)
-    found = jackknife(_frechet, a, b, seed=seed)
     if min(len(a), len(b)) < 2 * a.shape[1]:
-        return Estimate(found.unbiased)
+        raise InputError(
+            f"{min(len(a), len(b))} samples are too few for {a.shape[1]} features: take {2 * a.shape[1]}, or fewer "
+            "features (pca=...), or the kernel distance"
+        )
+    found = jackknife(_frechet, a, b, seed=seed)
     return interval(found.unbiased, found.error, found.freedom)
 
 

@@ -73,7 +73,7 @@ def share(hits: Tensor) -> Estimate:
     p = float(hits.double().mean())
     middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
-    return Estimate(p, min(p, middle - half), max(p, middle + half))
+    return Estimate(p, max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half)))
 
 
 def mean(values: Tensor) -> Estimate:

@@ -101,7 +101,8 @@ class Pixels:
 
 @dataclass(frozen=True, eq=False)
 class Components:
-    """The first principal components of real samples, of which `hash` is: features of any data."""
+    """The first principal components of real samples, of which `hash` is, in units of an element's std: features of any
+    data."""
 
     spectrum: Spectrum
     hash: str
@@ -115,12 +116,12 @@ class Components:
         with torch.random.fork_rng(devices=[]):  # of wide data they are found by a randomised algorithm
             torch.manual_seed(0)
             spectrum = Spectrum.measure(train, count)
-        return Components(spectrum, digest("pca", str(count), hash_of(train)), name)
+        return Components(spectrum, digest("pca/std", str(count), hash_of(train)), name)
 
     def __call__(self, x: Tensor) -> Tensor:
         assert self.spectrum.basis is not None
         x = shrunk(x).double().flatten(1)
-        return (x - self.spectrum.mean.to(x.device)) @ self.spectrum.basis.T.to(x.device)
+        return (x - self.spectrum.mean.to(x.device)) / self.spectrum.std @ self.spectrum.basis.T.to(x.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,9 +269,9 @@ def _reading(name: str) -> Callable[[str, Tensor], Features]:
 
 
 def _components(count: str, train: Tensor) -> Components:
-    if count and not (count.isdigit() and int(count) > 0):
-        raise InputError(f"pca={count}: expected the number of components, such as pca=64")
-    return Components.of(train, int(count or COMPONENTS), f"pca={count}" if count else "pca")
+    """So many of them; without a number 64, or a quarter of the samples where these are few."""
+    number = int(count) if count else min(COMPONENTS, max(2, len(train) // 4))
+    return Components.of(train, number, f"pca={count}" if count else "pca")
 
 
 FEATURES: dict[str, Callable[[str, Tensor], Features]] = {
@@ -282,6 +283,25 @@ FEATURES: dict[str, Callable[[str, Tensor], Features]] = {
 }
 
 
+def check_features(words: str) -> list[tuple[str, str]]:
+    """(kind, argument) of each word between commas; InputError for what names no features."""
+    out = []
+    for word in words.split(","):
+        kind, _, argument = word.strip().partition("=")
+        if kind not in ("auto", *FEATURES):
+            near = difflib.get_close_matches(kind, FEATURES, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(f"unknown features {kind!r}: {hint}there are auto, {', '.join(FEATURES)}")
+        if argument and kind in ("auto", "pixels", *CLASSIFIERS):
+            raise InputError(f"features {kind} take no argument, got {word!r}")
+        if kind == "pca" and argument and not (argument.isdigit() and int(argument) > 0):
+            raise InputError(f"pca={argument}: expected the number of components, such as pca=64")
+        out.append((kind, argument))
+    if len(set(out)) != len(out):
+        raise InputError(f"features {words!r} name one twice")
+    return out
+
+
 def open_features(words: str, train: Tensor, data: str = "") -> list[Features]:
     """The features of words between commas: `pixels`, `pca` or `pca=COUNT` (of the real samples `train`), a built-in
     classifier, `inception=FILE`, `transformers=FOLDER`; `auto` is the classifier of the set `data`, if there is one for
@@ -290,20 +310,10 @@ def open_features(words: str, train: Tensor, data: str = "") -> list[Features]:
     >>> [f.name for f in open_features("pca=2,pixels", torch.randn(5, 1, 2, 2))]
     ['pca=2', 'pixels']
     """
-    out = []
-    for word in words.split(","):
-        kind, _, argument = word.strip().partition("=")
-        if kind == "auto":
-            out += [FEATURES[data]("", train)] if data in CLASSIFIERS and train.ndim == 4 else []
-            out.append(_components("", train))
-            continue
-        if kind not in FEATURES:
-            near = difflib.get_close_matches(kind, FEATURES, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise InputError(f"unknown features {kind!r}: {hint}there are auto, {', '.join(FEATURES)}")
-        if argument and kind in ("pixels", *CLASSIFIERS):
-            raise InputError(f"features {kind} take no argument, got {word!r}")
-        out.append(FEATURES[kind](argument, train))
-    if len({f.name for f in out}) != len(out):
-        raise InputError(f"features {words!r} name one twice")
-    return out
+    found: dict[str, Features] = {}
+    for kind, argument in check_features(words):
+        own = (data,) if data in CLASSIFIERS and train.ndim == 4 else ()
+        for name in (*own, "pca") if kind == "auto" else (kind,):
+            made = FEATURES[name](argument, train)
+            found[made.name] = made
+    return list(found.values())

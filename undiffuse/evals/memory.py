@@ -73,31 +73,65 @@ def copy_ratio_estimate(x: Tensor, train: Tensor, held_out: Tensor, seed: int = 
     return interval(found.whole, found.error, found.freedom)
 
 
+def _closeness(x: Tensor, train: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Distances to the nearest training rows, their numbers, and these distances over those of the training rows to
+    their own nearest neighbours."""
+    first: dict[bytes, int] = {}
+    for i, sample in enumerate(train.numpy()):
+        first.setdefault(sample.tobytes(), i)  # what is there twice would have itself as its neighbour
+    kept = torch.tensor(list(first.values()))
+    distinct = features(train[kept])[0]
+    distance, row = nearest(x, distinct)
+    return distance, kept[row], torch.where(distance == 0, 0.0, distance / radii(distinct, 1)[row])
+
+
+def near_copies(x: Tensor, train: Tensor, times: float = 3.0) -> Estimate:
+    """The share of samples (k, d) that lie at least `times` nearer to a training sample (n, d) than that one lies to
+    its own nearest neighbour: as `authentic`, but it sees copies which averages over all samples hide.
+
+    >>> draw = torch.Generator().manual_seed(0)
+    >>> train, x = (torch.randn(100, 4, generator=draw) for _ in range(2))
+    >>> x[:20] = train[:20] + 0.01
+    >>> near_copies(x, train).value >= 0.2, near_copies(x[20:], train).value < 0.1
+    (True, True)
+    """
+    x, train = features(x, train)
+    if not times > 1:
+        raise InputError(f"a near copy lies more than once nearer to a training sample: times > 1, got {times}")
+    return share(_closeness(x, train)[2] <= 1 / times)
+
+
 class Suspects(NamedTuple):
     """The samples most like copies: their numbers, those of their nearest training samples, the distances to these,
-    and the ratios of these to the distances to the nearest held-out samples, smallest first; all of shape (count,)."""
+    and the ratios of these to the distances of the training samples to their own nearest neighbours, smallest first;
+    all of shape (count,)."""
 
     sample: Tensor
     train: Tensor
     distance: Tensor
     ratio: Tensor
 
+    def rows(self) -> list[dict[str, float]]:
+        """As plain data."""
+        return [
+            dict(zip(self._fields, row, strict=True)) for row in zip(*(part.tolist() for part in self), strict=True)
+        ]
 
-def suspects(x: Tensor, train: Tensor, held_out: Tensor, count: int = 8, seed: int = 0) -> Suspects:
-    """The samples with the smallest ratio of distances to the nearest training and held-out sample, from equally many
-    of each (`seed` draws them from the larger set).
+
+def suspects(x: Tensor, train: Tensor, count: int = 8) -> Suspects:
+    """The samples that are nearest to a training sample, in proportion to that one's distance to its own nearest
+    neighbour (see `near_copies`).
 
     >>> draw = torch.Generator().manual_seed(0)
-    >>> a, b, x = (torch.randn(50, 4, generator=draw) for _ in range(3))
-    >>> x[7] = a[3]
-    >>> [part.tolist() for part in suspects(x, a, b, count=1)]
+    >>> train, x = (torch.randn(50, 4, generator=draw) for _ in range(2))
+    >>> x[7] = train[3]
+    >>> [part.tolist() for part in suspects(x, train, count=1)]
     [[7], [3], [0.0], [0.0]]
     """
-    x, train, held_out = features(x, train, held_out, fewest=1)
-    seen, unseen, row = _near(x, train, held_out, seed)
-    ratio = _ratio(seen, unseen)
+    x, train = features(x, train)
+    distance, row, ratio = _closeness(x, train)
     first = ratio.argsort(stable=True)[: max(0, count)]
-    return Suspects(first, row[first], seen[first], ratio[first])
+    return Suspects(first, row[first], distance[first], ratio[first])
 
 
 def authentic(x: Tensor, train: Tensor) -> Estimate:

@@ -16,10 +16,10 @@ from undiffuse.evals.distances import (
     sliced_unbiased,
 )
 from undiffuse.evals.estimate import Estimate
-from undiffuse.evals.memory import authentic, copy_ratio_estimate, ct
+from undiffuse.evals.memory import authentic, copy_ratio_estimate, ct, near_copies
 from undiffuse.evals.support import coverage, density, precision, recall, vendi_ratio
 
-Better = Literal["lower", "higher", "one", "zero"]
+Better = Literal["lower", "higher", "one", "zero", "floor"]
 Settings = Mapping[str, int | float | str]
 
 
@@ -55,10 +55,10 @@ _BINKOWSKI, _SLICED = "Binkowski et al. 2018, arXiv 1801.01401", "Berthet et al.
 _KYNKAANNIEMI, _NAEEM = "Kynkaanniemi et al. 2019, arXiv 1904.06991", "Naeem et al. 2020, arXiv 2002.09797"
 _VENDI, _ALAA = "Friedman and Dieng 2023, arXiv 2210.02410", "Alaa et al. 2022, arXiv 2102.08921"
 _MEEHAN = "Meehan et al. 2020, arXiv 2004.05675"
-_K, _BALLS, _DIRECTIONS, _CELLS, _FEWEST = 3, 5, 512, 5, 20  # as in the papers, where these fix them
+_K, _BALLS, _DIRECTIONS, _CELLS, _FEWEST, _TIMES = 3, 5, 512, 5, 20, 3.0  # as in the papers, where these fix them
 
 METRICS: dict[str, Metric[Measure]] = {
-    "frechet": Metric(frechet_estimate, "lower", "Fréchet", _HEUSEL),
+    "frechet": Metric(frechet_estimate, "lower", "Fréchet, with its bias", _HEUSEL),
     "frechet-unbiased": Metric(frechet_unbiased, "lower", "Fréchet, unbiased", _CHONG, {"bias": "jackknife"}),
     "kernel": Metric(lambda a, b, s: kernel_estimate(a, b), "lower", "Kernel (KID)", _BINKOWSKI, {"degree": 3}),
     "sliced": Metric(
@@ -82,14 +82,23 @@ METRICS: dict[str, Metric[Measure]] = {
     "vendi": Metric(vendi_ratio, "one", "Vendi over real data's", _VENDI, {"kernel": "cosine"}),
 }
 
+
+def _copying_test(x: Tensor, train: Tensor, held_out: Tensor, seed: int) -> Estimate:
+    cells = min(_CELLS, max(1, min(len(x), len(held_out)) // 60), max(1, len(train)))
+    return ct(x, train, held_out, cells, _FEWEST, seed)
+
+
 MEMORY: dict[str, Metric[MemoryMeasure]] = {
     "copy-ratio": Metric(copy_ratio_estimate, "one", "Nearest training / held-out", ""),
-    "authentic": Metric(lambda x, a, b, s: authentic(x, a), "higher", "Authentic samples", _ALAA),
+    "near-copies": Metric(
+        lambda x, a, b, s: near_copies(x, a, _TIMES), "floor", "Near copies, share", "", {"times": _TIMES}
+    ),
+    "authentic": Metric(lambda x, a, b, s: authentic(x, a), "floor", "Authentic samples, share", _ALAA),
     "ct": Metric(
-        lambda x, a, b, s: ct(x, a, b, _CELLS, _FEWEST, s),
+        _copying_test,
         "zero",
         "C_T, copying test",
         _MEEHAN,
-        {"cells": _CELLS, "fewest": _FEWEST},
+        {"cells": f"{_CELLS}, or one for 60 samples", "fewest": _FEWEST},
     ),
 }

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from undiffuse.evaluation.evaluation import FORMAT
+from undiffuse.evaluation.evaluation import FORMAT, Evaluation
 from undiffuse.types import InputError
 
 FILE = "evaluation.json"
@@ -69,8 +69,19 @@ def _said(differ: Mapping[str, tuple[Any, Any]]) -> str:
     return "; ".join(f"{where} is {short(a)} against {short(b)}" for where, (a, b) in differ.items())
 
 
-def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
-    """Two evaluations beside each other. InputError where they were not measured alike, which says in what."""
+def compare(a: Mapping[str, Any] | Evaluation, b: Mapping[str, Any] | Evaluation) -> Comparison:
+    """Two evaluations, or what `read` gives of them, beside each other. InputError where they were not measured alike,
+    which says in what, and for damaged ones."""
+    one, two = (part.json() if isinstance(part, Evaluation) else part for part in (a, b))
+    try:
+        return _compare(one, two)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"an evaluation is damaged ({type(error).__name__}: {error}): evaluate again") from error
+
+
+def _compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
     measures = [{k: v for k, v in one["measure"].items() if k != "features"} for one in (a, b)]
     if differ := unlike(measures[0], measures[1]):
         raise InputError(f"these scores cannot be compared: {_said(differ)}. Evaluate both alike")
@@ -119,7 +130,8 @@ def _half(score: Mapping[str, Any]) -> float:
 def _row(group: str, name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Row:
     """Apart where the difference is beyond the 95 % interval of a difference of independent estimates."""
     gap, better = a["value"] - b["value"], a["better"]
-    aim = {"one": 1.0, "zero": 0.0}.get(better, math.nan)
+    floor = (a.get("floor") or {}).get("value")
+    aim = {"one": 1.0, "zero": 0.0, "floor": math.nan if floor is None else floor}.get(better, math.nan)
     off = [abs(one["value"] - aim) for one in (a, b)]
     gain = {"lower": -gap, "higher": gap}.get(better, off[1] - off[0])
     apart = abs(gap) > math.hypot(_half(a), _half(b))

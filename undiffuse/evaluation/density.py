@@ -20,7 +20,7 @@ from undiffuse.train import Processes
 from undiffuse.types import InputError
 
 LEVELS, STEPS, PROBES = 100, 24, 4  # of the bound; of the flow, and its probes
-EXACT = 16  # dimensions up to which the flow's trace is exact
+EXACT, MORE = 16, 120  # dimensions up to which the flow's trace is exact, and its steps there
 TAU = 3.0  # quantised data are decoded from noise of half their step over tau
 _MANY = 2**16  # values of quantised data
 
@@ -88,7 +88,7 @@ def likelihoods(
     levels = UniformLam(min(-4.0, end - 4), end)(model.schedule, LEVELS)
     finite = [float(level.lam) for level in levels if float(level.alpha) > 0 and float(level.sigma) > 0]
     lam = finite[0], finite[-1]
-    probes = 0 if math.prod(model.shape) <= EXACT else PROBES
+    probes, steps = (0, MORE) if math.prod(model.shape) <= EXACT else (PROBES, STEPS)
     parts = _Parts(model, processes, seed, {"step": step, "span": span})
     progress("likelihood", 0, 3)
     variance: Any = "learned"
@@ -96,12 +96,12 @@ def likelihoods(
         variance = parts.of(errors, torch.cat, known, quantised=False, levels=levels).mean(0)
     bounds = [parts.of(bound, Bound.cat, data, levels=levels, variance=variance) for data in (held, known)]
     progress("likelihood", 2, 3)
-    flow = parts.of(likelihood, Likelihood.cat, held, lam=lam, steps=STEPS, method="rk4", probes=probes, tau=TAU)
+    flow = parts.of(likelihood, Likelihood.cat, held, lam=lam, steps=steps, method="rk4", probes=probes, tau=TAU)
     progress("likelihood", 3, 3)
     how = {"step": step, "dequantise": flow.dequantise, "levels": LEVELS, "lam": list(lam)}
     shift, unit = (_stretch(model), bounds[0].unit) if step is None else (0.0, bounds[0].unit)
     settings = {**how, "samples": len(held.x), "variance": bounds[0].variance, "seed": seed}
-    made = {**how, "samples": len(held.x), "steps": STEPS, "probes": probes, "seed": seed}
+    made = {**how, "samples": len(held.x), "steps": steps, "probes": probes, "seed": seed}
     integration = flow.integration or 0.0
     trace = f"Hutchinson's trace ± {flow.interval or 0.0:.2g} from {probes} probes" if probes else "exact trace"
     note = f"{trace}; integration ± {integration:.2g}"
@@ -111,11 +111,17 @@ def likelihoods(
         "bound": _entry("variational bound", bounds[0].mean, bounds[0].error, shift, "an upper bound", settings),
         "bound on training samples": _entry(
             "variational bound, training samples", bounds[1].mean, bounds[1].error, shift,
-            "far below the held-out ones', these were memorised", settings,
+            _memorised(bounds), settings,
         ),
         "flow": _entry("probability flow", flow.mean, flow.error, shift, note, made),
-        "terms": [{key: _figure(value) for key, value in term._asdict().items()} for term in bounds[0].terms],
+        "terms": _terms(bounds[0], shift),
     }  # fmt: skip
+
+
+def _terms(found: Bound, shift: float) -> list[dict[str, float | None]]:
+    """The bound's terms; what the unit of a density adds belongs to the reconstruction."""
+    *others, last = (term._asdict() for term in found.terms)
+    return [{k: _figure(v) for k, v in term.items()} for term in (*others, {**last, "bits": last["bits"] + shift})]
 
 
 def _first(data: Data, n: int) -> Data:
@@ -155,6 +161,15 @@ def _stretch(model: Model) -> float:
     """The bits a dimension that a density gains when samples are brought back to the data's own range."""
     zero = torch.zeros(1, *model.shape)
     return float((model.restore(zero + 1) - model.restore(zero)).abs().log2().mean())
+
+
+def _memorised(bounds: list[Bound]) -> str:
+    """What the bounds of held-out and training samples say when set beside each other."""
+    gap = bounds[0].mean - bounds[1].mean
+    half = 1.96 * math.hypot(*(found.error or math.nan for found in bounds))
+    if gap > half:
+        return f"lower by {gap:.3g} ± {half:.2g} than that of held-out ones, so training samples are remembered"
+    return "not told apart from that of held-out ones"
 
 
 def _figure(value: float | None) -> float | None:

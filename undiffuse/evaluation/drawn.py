@@ -107,10 +107,11 @@ class Sampler:
             )  # fmt: skip
         return {"nfe": counter.calls, "rows": counter.rows}
 
-    def about(self, weights_are: str) -> dict[str, Any]:
+    def about(self, weights_are: str, run: str = "") -> dict[str, Any]:
         """What made the samples, as plain data."""
         values = self.model.config.values
         how: dict[str, Any] = {
+            **({"run": run} if run else {}),
             "model": hash_of_model(self.model),
             "weights": weights_are,
             "parameters": self.model.parameters,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from undiffuse.data import Data
-from undiffuse.evals import Features, extract, open_features
-from undiffuse.evals.features import Pixels, hash_of
+from undiffuse.evals import extract, open_features
+from undiffuse.evals.features import Pixels, check_features, hash_of
 from undiffuse.evals.memory import Suspects, suspects
 from undiffuse.evaluation.density import likelihoods, needs_data
 from undiffuse.evaluation.drawn import Progress, Sampler
@@ -31,29 +31,59 @@ from undiffuse.train import Processes
 from undiffuse.types import InputError
 
 FORMAT = "undiffuse-evaluation-1"
-MOST = 5000  # samples, where no number is asked for
+MOST, FEWEST = 5000, 10  # samples, where no number is asked for, and at all
 CURVES = ("frechet-unbiased", "kernel", "precision", "recall")
 
 
 @dataclass(frozen=True)
 class Choices:
     """What to measure: `n` samples (0: as many as there are held-out ones, at most 5,000) on `features`, curves over
-    numbers of steps and guidance weights, bits per dimension of `likelihood` held-out samples (0: none)."""
+    numbers of steps and guidance weights, bits per dimension of `likelihood` held-out samples (0: none).
+
+    None stands for 5, 10, 20, 50 steps, for w = 1, 1.5, 2, 3, 5 and for 64 samples, each where it is possible.
+    """
 
     n: int = 0
     features: str = "auto"
-    over_steps: tuple[int, ...] = (5, 10, 20, 50)
-    over_w: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 5.0)
-    likelihood: int = 64
+    over_steps: tuple[int, ...] | None = None
+    over_w: tuple[float, ...] | None = None
+    likelihood: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.n < 0 or self.n == 1 or self.likelihood < 0 or self.likelihood == 1:
-            raise InputError(f"numbers of samples must be >= 2 (0: as they come), got {self.n} and {self.likelihood}")
-        if any(steps < 1 for steps in self.over_steps):
-            raise InputError(f"a curve over steps needs numbers >= 1, got {list(self.over_steps)}")
-        if any(not -100 <= w <= 100 for w in self.over_w):
-            raise InputError(f"a curve over w needs guidance weights such as 1,2,3, got {list(self.over_w)}")
+        for name, value in {"n": self.n, "likelihood": self.likelihood or 0, "seed": self.seed}.items():
+            if not isinstance(value, int):
+                raise InputError(f"{name} must be a whole number, got {value!r}")
+        if not isinstance(self.features, str):
+            raise InputError(f"features are words such as 'auto' or 'digits,pca=32', got {self.features!r}")
+        check_features(self.features)
+        if self.n and self.n < FEWEST:
+            raise InputError(f"scores need n >= {FEWEST} samples (0: as many as are held out), got {self.n}")
+        if self.likelihood is not None and (self.likelihood < 0 or self.likelihood == 1):
+            raise InputError(f"likelihood must be >= 2 samples (0: none), got {self.likelihood}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be a number from 0 to 2^63 - 1, got {self.seed}")
+        steps, ws = (() if v is None else v for v in (self.over_steps, self.over_w))
+        if not isinstance(steps, tuple) or not all(isinstance(k, int) and k >= 1 for k in steps):
+            raise InputError(f"a curve over steps needs numbers >= 1 such as (5, 10), got {steps!r}")
+        if not isinstance(ws, tuple) or not all(isinstance(w, int | float) and -100 <= w <= 100 for w in ws):
+            raise InputError(f"a curve over w needs guidance weights such as (1.0, 2.0), got {ws!r}")
+
+    def over(self, sampler: Sampler) -> dict[str, Sequence[float]]:
+        """What the curves go over; InputError for what this sampler does not have."""
+        fixed = ""
+        if sampler.plan is not None:
+            fixed = "a tableau has its own steps"
+        elif getattr(sampler.model.config.build("solver"), "adaptive", False):
+            fixed = "an adaptive solver chooses its steps by its tolerance"
+        guided = sampler.labels is not None and "w" in sampler.model.config.values["guidance"]
+        if fixed and self.over_steps:
+            raise InputError(f"no curve over steps: {fixed}")
+        if not guided and self.over_w:
+            raise InputError("no curve over w: this model is not guided, as it has no classes")
+        steps = (5, 10, 20, 50) if self.over_steps is None and not fixed else self.over_steps or ()
+        ws = (1.0, 1.5, 2.0, 3.0, 5.0) if self.over_w is None and guided else self.over_w or ()
+        return {key: values for key, values in {"steps": steps, "w": ws}.items() if values}
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +111,8 @@ class Evaluation:
         out: dict[str, Any] = plain(
             {
                 "format": FORMAT, "measure": self.measure, "sampler": self.sampler, "scores": scores,
-                "classes": self.classes, "likelihood": self.likelihood, "curves": self.curves,
+                "copies": self.copies.rows(), "classes": self.classes, "likelihood": self.likelihood,
+                "curves": self.curves,
                 "warnings": list(self.warnings),
             }
         )  # fmt: skip
@@ -96,6 +127,7 @@ def evaluate(
     *,
     plan: Tableau | None = None,
     weights: str = "as given",
+    run: str = "",
     processes: Processes | None = None,
     progress: Progress = lambda what, done, n: None,
 ) -> Evaluation:
@@ -104,14 +136,19 @@ def evaluate(
 
     Of a model with classes, samples have the labels of the first n of `train`, as the real samples of the floor have:
     both are independent of the held-out ones, which unbiased distances count on. `weights` says which weights these
-    are. In several processes all call it and get the same. Raises InputError for data that do not fit, NonFinite for
-    broken samples.
+    are, `run` where they come from. In several processes all call it and get the same. Raises InputError for data that
+    do not fit, NonFinite for broken samples.
     """
     choices, processes = choices or Choices(), processes or Processes()
     if model.denoiser.training and model.parameters:
         raise InputError("the model is in training mode, where dropout is on: call model.denoiser.eval() first")
-    if choices.likelihood:
+    if choices.likelihood != 0:
         needs_data(model)
+    if (choices.likelihood or 0) > min(len(held_out), len(train)):
+        raise InputError(
+            f"the likelihood of {choices.likelihood} samples was asked for: there are {len(held_out)} held-out and "
+            f"{len(train)} training samples"
+        )
     shape = tuple(model.restore(torch.zeros(1, *model.shape, device=model.device)).shape[1:])
     n = _count(shape, train, held_out, choices)
     for part in (train, held_out):
@@ -119,16 +156,15 @@ def evaluate(
             raise InputError(f"{part.name} has no labels, and this model was trained with {model.classes} classes")
         if part.classes > model.classes > 0:
             raise InputError(f"{part.name} has label {part.classes - 1}; this model knows {model.classes} classes")
-    view = View.of(train, model)
-    scoring = _Scoring(view, view.data(held_out, n), view.data(train, len(train)), choices, processes, progress)
     labels = train.labels[:n] if model.classes and train.labels is not None else None
     sampler = Sampler(model, labels, choices.seed, processes, plan)
-    x = view(sampler.draw(n, lambda i, k: progress(f"{n} samples", i, k)))
-    about = sampler.about(weights)
-    found = scoring.of(x, sampler.labels, about, model.names or tuple(map(str, range(model.classes))))
-    curves = _curves(sampler, scoring)
-    likelihood = likelihoods(model, train, held_out, choices.likelihood, choices.seed, processes, progress)
-    return replace(found, curves=curves, likelihood=likelihood)
+    over, view = choices.over(sampler), View.of(train, model)
+    scoring = _Scoring(view, view.data(held_out, n), view.data(train, len(train)), choices, processes, progress)
+    x = sampler.draw(n, lambda i, k: progress(f"{n} samples", i, k))
+    found = scoring.of(x, labels, sampler.about(weights, run), model.names or tuple(map(str, range(model.classes))))
+    k = min(64, len(held_out), len(train)) if choices.likelihood is None else choices.likelihood
+    likelihood = likelihoods(model, train, held_out, k, choices.seed, processes, progress)
+    return replace(found, curves=_curves(sampler, over, scoring), likelihood=likelihood)
 
 
 def evaluate_samples(
@@ -143,15 +179,23 @@ def evaluate_samples(
     """Score samples of any origin like those of a model: no curves and no likelihood. Labels, if they have any, are the
     classes that were asked for. Raises InputError for data that do not fit."""
     choices, processes = choices or Choices(), processes or Processes()
+    for part in (samples, train, held_out):
+        if not isinstance(part, Data):
+            raise InputError(f"samples, train and held_out are undiffuse.data.Data, got a {type(part).__name__}")
+    if choices.over_steps or choices.over_w or choices.likelihood:
+        raise InputError("curves and likelihoods need a model: these are samples, which are made by now")
     choices = replace(choices, n=choices.n or min(len(samples), len(train), len(held_out), MOST))
     n = _count(tuple(samples.x.shape[1:]), train, held_out, choices)
     if n > len(samples):
         raise InputError(f"-n {n}: there are {len(samples)} samples in {samples.name}")
+    known = max(train.classes, held_out.classes)
+    if samples.labels is not None and known and samples.classes > known:
+        raise InputError(f"{samples.name} has label {samples.classes - 1}; {train.name} knows {known} classes")
     view = View.of(train)
     scoring = _Scoring(view, view.data(held_out, n), view.data(train, len(train)), choices, processes, progress)
-    found = view.data(samples, n)
-    about = {"samples": samples.name, "of": len(samples), "sha256": hash_of(found.x), "tuned on": []}
-    return scoring.of(found.x, found.labels, about, ())
+    labels = None if samples.labels is None else samples.labels[:n]
+    about = {"samples": samples.name, "of": len(samples), "sha256": hash_of(samples.x[:n]), "tuned on": []}
+    return scoring.of(samples.x[:n], labels, about, ())
 
 
 def _count(shape: tuple[int, ...], train: Data, held_out: Data, choices: Choices) -> int:
@@ -162,6 +206,12 @@ def _count(shape: tuple[int, ...], train: Data, held_out: Data, choices: Choices
                 f"{part.name}: samples of shape {tuple(part.x.shape[1:])}, those to be judged have {shape}"
             )
     most = min(len(held_out), len(train))
+    if most < FEWEST:
+        raise InputError(
+            f"scores need >= {FEWEST} samples; there are {len(held_out)} held-out, {len(train)} training ones"
+        )
+    if hash_of(train.x) == hash_of(held_out.x):
+        raise InputError(f"{held_out.name} is the training data itself: hold some out, else every score flatters")
     if choices.n > most:
         raise InputError(
             f"{choices.n} samples were asked for, but there are {len(held_out)} held-out and {len(train)} training "
@@ -184,8 +234,10 @@ class _Scoring:
         progress("features of real samples", 1, 1)
 
     def of(self, x: Tensor, labels: Tensor | None, sampler: dict[str, Any], names: Sequence[str]) -> Evaluation:
-        """All scores of samples x, asked for as `labels`."""
+        """All scores of samples x in the data's range, asked for as `labels`."""
+        warnings = [*self._tuned(sampler), *self._of_data(x)]
         seed, held, known, asked = self.choices.seed, self.held, self.known, dict[str, Score]()
+        x = self.view(x)
         classes = max(held.classes, known.classes)
         scores = {}
         for i, real in enumerate(self.reals):
@@ -195,16 +247,43 @@ class _Scoring:
         if labels is not None:
             asked = {"class": adherence(self.judge, x, labels)} if self.judge else {}
             asked |= clip_scores(self.features, x, held.x, labels, names) if names else {}
-        found = {} if self.judge is None else histogram(self.judge, x, held.x, names or tuple(map(str, range(classes))))
+        found = {} if self.judge is None else histogram(self.judge, x, names or tuple(map(str, range(classes))))
         memory = memorisation(x, known.x, held.x, seed)
-        pixels = [extract(Pixels(), part) for part in (x, known.x, held.x)]
-        copies = suspects(pixels[0], pixels[1], pixels[2], 10)
+        copies = suspects(extract(Pixels(), x), extract(Pixels(), known.x), 10)
         self.progress("scores", 1, 1)
         sampler = {**sampler, "trained on": {"name": known.name, "n": len(known), "sha256": hash_of(known.x)}}
+        warnings += [*_of_copies(memory, len(x)), *self._of_judge()]
         return Evaluation(
-            self._measure(), sampler, scores, asked, memory, found, {}, {}, tuple(_warnings(self.features, sampler)),
-            x, copies, known.x,
+            self._measure(), sampler, scores, asked, memory, found, {}, {}, tuple(warnings), x, copies, known.x
         )  # fmt: skip
+
+    def _tuned(self, sampler: dict[str, Any]) -> list[str]:
+        return [
+            f"the sampler was tuned on the features {f.name}: its scores on them are flattered; judge it by others"
+            for f in self.features if f.hash in sampler["tuned on"]
+        ]  # fmt: skip
+
+    def _of_data(self, x: Tensor) -> list[str]:
+        """What is odd about samples (before they are held within a range) and real data."""
+        out, plain = [], View(False, self.view.model)(x)
+        seen, held = _rows(self.known.x), _rows(self.held.x)
+        if both := len(seen & held):
+            out.append(f"{both} of the {len(self.held)} held-out samples are training samples as well")
+        if same := len(_rows(self.view(x)) & held):
+            out.append(f"{same} of the samples are held-out samples, bit for bit: distances to these mean nothing")
+        real, spread = self.known.x, float(self.known.x.std())
+        if not 0.55 < float(plain.std()) / spread < 1.8 or abs(float(plain.mean() - real.mean())) > spread:
+            ends = (f"[{float(part.min()):.4g}, {float(part.max()):.4g}]" for part in (plain, real))
+            out.append("the samples' values lie in {}, those of the real data in {}: have they one unit?".format(*ends))
+        return out
+
+    def _of_judge(self) -> list[str]:
+        if self.judge is None or self.judge.known.value >= 0.9:
+            return []
+        return [
+            f"{self.judge.name} reads only {100 * self.judge.known.value:.0f} % of real samples right: what it reads "
+            "of generated ones says little"
+        ]
 
     def _measure(self) -> dict[str, Any]:
         """What must agree for two scores to be compared."""
@@ -219,7 +298,7 @@ class _Scoring:
 
 @dataclass(frozen=True)
 class View:
-    """How samples are looked at: in the data's own range, of pictures with values within [-1, 1] (which `clamp`s)."""
+    """How samples are looked at: in the data's own range; pictures in [-1, 1], where `clamp` holds them."""
 
     clamp: bool
     model: Model | None = None
@@ -232,7 +311,7 @@ class View:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Samples in the data's range (n, *data)."""
-        x = x.float() if self.model is None else self.model.shown(x.float())
+        x = x.float() if self.model is None or x.ndim != 4 else self.model.shown(x.float())
         return x.clamp(-1, 1) if self.clamp else x
 
     def data(self, data: Data, n: int) -> Data:
@@ -242,29 +321,39 @@ class View:
         return Data(self(self.model.restore(x) if as_read else x), labels, data.name)  # type: ignore[union-attr]
 
 
-def _curves(sampler: Sampler, scoring: _Scoring) -> dict[str, list[dict[str, Any]]]:
-    """The curves' metrics over numbers of steps and, with labels, over w; a point repeats the seed of the scores."""
+def _curves(sampler: Sampler, over: dict[str, Sequence[float]], scoring: _Scoring) -> dict[str, list[dict[str, Any]]]:
+    """The curves' metrics over numbers of steps and over w; a point repeats the seed of the scores."""
     choices, n, judge = scoring.choices, len(scoring.held), scoring.judge
-    guided = sampler.labels is not None and "w" in sampler.model.config.values["guidance"]
-    over: dict[str, Sequence[float]] = {"steps": choices.over_steps, "w": choices.over_w if guided else ()}
-    todo = [(key, value) for key, values in over.items() for value in values if sampler.plan is None]
-    curves: dict[str, list[dict[str, Any]]] = {key: [] for key, _ in todo}
+    todo = [(key, value) for key, values in over.items() for value in values]
+    curves: dict[str, list[dict[str, Any]]] = {key: [] for key in over}
     for i, (key, value) in enumerate(todo):
-        scoring.progress(f"{n} samples at {len(todo)} settings", i, len(todo))
+        scoring.progress(f"curves of {n} samples", i, len(todo))
         at = sampler.at(steps=int(value)) if key == "steps" else sampler.at(w=value)
         x = scoring.view(at.draw(n))
         found = scoring.reals[0].score(x, choices.seed, CURVES)
         if judge is not None and at.labels is not None:
             found["adherence"] = adherence(judge, x, at.labels)
-        row = {name: {**s.found._asdict(), "floor": s.floor.value} for name, s in found.items()}
+        row = {name: {**s.found._asdict(), "floor": s.floor._asdict()} for name, s in found.items()}
         curves[key].append({key: value, **row})
-    scoring.progress(f"{n} samples at {len(todo)} settings", len(todo), max(1, len(todo)))
+    if todo:
+        scoring.progress(f"curves of {n} samples", len(todo), len(todo))
     return curves
 
 
-def _warnings(features: Sequence[Features], sampler: dict[str, Any]) -> list[str]:
-    """What makes a score say less than it seems to."""
-    return [
-        f"the sampler was tuned on the features {f.name}: its scores on them are flattered; judge it by others"
-        for f in features if f.hash in sampler["tuned on"]
-    ]  # fmt: skip
+def _rows(x: Tensor) -> set[bytes]:
+    """Each sample's bytes."""
+    return {row.contiguous().numpy().tobytes() for row in x}
+
+
+def _of_copies(memory: dict[str, Score], n: int) -> list[str]:
+    """Whether the tests for copies find any."""
+    out, near, test = [], memory["near-copies"], memory["ct"]
+    if near.found.low > near.floor.high:
+        out.append(
+            f"{round(near.found.value * n)} of {n} samples, {100 * near.found.value:.3g} %, lie "
+            f"{near.settings['times']:g} times nearer to a training sample than that one to its neighbours (of "
+            f"held-out ones {100 * near.floor.value:.3g} %): they are copies"
+        )
+    if test.found.high < -3:
+        out.append(f"samples lie nearer to training samples than held-out data do: C_T = {test.found.value:.1f}")
+    return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from undiffuse.types import InputError
 
 
 def find_run(target: str) -> Path | None:
-    """The run folder that is meant: the path itself or, of a bare name, runs/NAME; None for anything else."""
-    for path in (Path(target).expanduser(), Path("runs") / target):
+    """The run folder that is meant: the path itself, else runs/NAME; None for anything else."""
+    here = Path(target).expanduser()
+    for path in (here,) if here.exists() else (Path("runs") / target,):
         if (path / "model").is_dir() or (path / "config.toml").is_file():
             return path
     return None
@@ -28,7 +30,11 @@ def data_of_run(config: Config, run: Path, n: int) -> tuple[Data, Data]:
     the data are not there or have changed since.
     """
     config = Config({**config.values, "out": str(run)}, config.given | {"held_out"})
-    data = RunData.of(config)
+    try:
+        data = RunData.of(config)
+    except InputError as error:
+        name = config.values["data"]["name"]
+        raise InputError(f"the data of {run}, data={name}, cannot be read from this folder: {error}") from error
     if (run / "data.json").is_file() and not about_of(run, data.fingerprint):
         raise InputError(
             f"{data.source.name} has changed since {run} was trained: it can be judged by the same data only"
@@ -63,10 +69,18 @@ def data_of_samples(target: str, layer: Mapping[str, Any], n: int) -> tuple[Data
         raise InputError(f"to judge the samples in {target}, say which real data they should be like: data=NAME")
     config = Config.resolve(layer, {"held_out": n} if n and "held_out" not in layer else {})
     data = RunData.of(config)
-    samples = materialise(source, data.prepare)
+    with warnings.catch_warnings():  # of what cannot be read, which is refused here
+        warnings.simplefilter("ignore")
+        samples = materialise(source, data.prepare)
+    if len(samples) < len(source):
+        raise InputError(
+            f"{len(source) - len(samples)} of the {len(source)} samples in {target} cannot be read, or have NaN or "
+            "infinite values: a generator that makes such must not be scored by the others"
+        )
     if samples.x.shape[1:] != data.held_out.x.shape[1:]:
         raise InputError(
             f"{target} has samples of shape {tuple(samples.x.shape[1:])}, {data.source.name} of "
-            f"{tuple(data.held_out.x.shape[1:])}: give data.size and data.channels that suit both"
+            f"{tuple(data.held_out.x.shape[1:])}: give data.size and data.channels that suit both (a .png of "
+            "`undiffuse sample` is one picture of many: write them with --format png --out FOLDER)"
         )
     return samples, _enough(data, n or min(len(samples), len(data.held_out))), data.held_out

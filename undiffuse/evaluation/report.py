@@ -16,7 +16,8 @@ from undiffuse.evals import Estimate
 from undiffuse.evaluation.compare import FILE
 from undiffuse.evaluation.evaluation import Evaluation
 from undiffuse.evaluation.scores import Score
-from undiffuse.train import replace_text
+from undiffuse.train import commit
+from undiffuse.types import InputError
 
 SHOWN = 60
 
@@ -24,12 +25,12 @@ SHOWN = 60
 def number(value: float | None, digits: int = 3) -> str:
     """A figure as people read it; a dash where there is none.
 
-    >>> number(0.123456), number(12.3456), number(None)
-    ('0.123', '12.3', '–')
+    >>> number(0.123456), number(12.3456), number(-4321.0), number(None)
+    ('0.123', '12.3', '−4,321', '–')
     """
     if value is None or math.isnan(value):
         return "–"
-    return f"{value:.{digits}g}".replace("-", "−")
+    return (f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.{digits}g}").replace("-", "−")
 
 
 def with_interval(found: Estimate) -> str:
@@ -43,7 +44,7 @@ def with_interval(found: Estimate) -> str:
     return f"{number(found.value)}\n{number(found.low)} … {number(found.high)}"
 
 
-WORDS = {"lower": "lower", "higher": "higher", "one": "near 1", "zero": "near 0"}
+WORDS = {"lower": "lower", "higher": "higher", "one": "near 1", "zero": "near 0", "floor": "as real"}
 HEADER = ["score\n95 % interval", "samples", "real samples", "better"]
 LIKELIHOODS = ("bound", "bound on training samples", "flow")
 
@@ -55,35 +56,55 @@ def rows_of(scores: Mapping[str, Score]) -> list[list[str]]:
     ]
 
 
-def write(found: Evaluation, folder: Path) -> Path:
-    """Write evaluation.json, pictures and report.html into the folder; the report's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = _pictures(found, folder)
-    replace_text(folder / FILE, json.dumps(found.json(), indent=1) + "\n")
-    replace_text(folder / "report.html", plot.page("undiffuse: evaluation", _body(found, folder, pictures)))
+def write(found: Evaluation, folder: str | Path) -> Path:
+    """Write evaluation.json, pictures and report.html as the folder, whole or not at all; the report's path.
+
+    An evaluation that is there is replaced; InputError for a folder that holds anything else.
+    """
+    folder = Path(folder)
+    writable(folder)
+
+    def fill(aside: Path) -> None:
+        pictures = _pictures(found, aside)
+        (aside / FILE).write_text(json.dumps(found.json(), indent=1) + "\n")
+        (aside / "report.html").write_text(plot.page("undiffuse: evaluation", _body(found, pictures)))
+
+    commit(folder, fill)
     return folder / "report.html"
+
+
+def writable(folder: Path) -> None:
+    """Raises InputError for a path that `write` would not write to."""
+    if not str(folder).strip() or folder in (Path(), Path("/")):
+        raise InputError(f"an evaluation is a folder of its own: give its name, got {str(folder)!r}")
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a file: an evaluation needs the name of a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / FILE).is_file():
+        raise InputError(f"{folder} holds other files than an evaluation's: give another folder")
 
 
 def _pictures(found: Evaluation, folder: Path) -> dict[str, Path]:
     """What could be drawn, by name."""
     out: dict[str, Path] = {}
-    images = found.x.ndim == 4
 
     def at(name: str) -> Path:
         out[name] = folder / f"{name}.png"
         return out[name]
 
-    if images:
+    copies, originals = found.x[found.copies.sample], found.train[found.copies.train]
+    if found.x.ndim == 4 and min(found.x.shape[2:]) > 1:
         scale = max(1, 64 // found.x.shape[-1])
         plot.tile(found.x[:SHOWN], 10, scale, smooth=True).save(at("samples"))
-        pairs = torch.cat([found.x[found.copies.sample], found.train[found.copies.train]])
-        plot.tile(pairs, len(pairs) // 2, scale, smooth=True).save(at("copies"))
+        plot.tile(torch.cat([copies, originals]), len(copies), scale, smooth=True).save(at("copies"))
+    elif found.x.ndim < 5:
+        k = len(found.x) if math.prod(found.x.shape[1:]) == 2 else 10
+        plot.plot_samples(found.x[:k], found.train[:k], at("samples"), ("samples", "training samples"))
+        plot.plot_samples(copies, originals, at("copies"), ("likeliest copies", "their nearest training samples"))
     if found.curves:
         plot.plot_scores(found.curves, at("curves"))
-    if found.classes:
-        names = found.classes["names"]
-        if len(names) <= 40:
-            plot.plot_classes(found.classes["samples"], found.classes["real"], names, at("classes"))
+    if found.classes and len(found.classes["names"]) <= 40:
+        plot.plot_classes(found.classes["samples"], found.classes["real"], found.classes["names"], at("classes"))
     if terms := found.likelihood.get("terms"):
         plot.plot_bound(terms, at("bound"))
     return out
@@ -108,6 +129,7 @@ def cards(found: Evaluation) -> list[tuple[str, str]]:
         (found.scores[first], "precision", f"precision on {first}; real samples {{}}"),
         (found.scores[first], "recall", f"recall on {first}; real samples {{}}"),
         (found.adherence, "class", "read as the class asked for; real samples {}"),
+        (found.memory, "near-copies", "near copies of training samples; real samples {}"),
     ):
         if name in group and not math.isnan(group[name].found.value):
             out.append((number(group[name].found.value), text.format(number(group[name].floor.value))))
@@ -118,17 +140,31 @@ def cards(found: Evaluation) -> list[tuple[str, str]]:
     return out
 
 
-def _body(found: Evaluation, folder: Path, pictures: Mapping[str, Path]) -> str:
+def subject(sampler: Mapping[str, Any]) -> str:
+    """What was evaluated, in a few words."""
+    if "steps" not in sampler:
+        return f"the samples {sampler['samples']}"
+    solver, guidance = sampler["solver"], sampler["guidance"]
+    kind = solver["kind"] if isinstance(solver, Mapping) else solver
+    w = f", w = {guidance['w']:g}" if isinstance(guidance, Mapping) and "w" in guidance else ""
+    run = f"{sampler['run']}: " if "run" in sampler else ""
+    return f"{run}{kind}, {sampler['steps']} steps{w}"
+
+
+def _body(found: Evaluation, pictures: Mapping[str, Path]) -> str:
     n, held = found.measure["samples"], found.measure["held out"]
     made = "".join(f'<div class="card"><b>{a}</b><span>{html.escape(b)}</span></div>' for a, b in cards(found))
+    first, images = next(iter(found.scores)), found.x.ndim == 4 and min(found.x.shape[2:]) > 1
+    where = ("Above", "below") if images else ("In colour", "in gray")
+    shown = f"The first {min(n, SHOWN)} samples, not selected." if images else "Samples, and training ones in gray."
     parts = [
-        "<h1>Evaluation</h1>",
+        f"<h1>Evaluation of {html.escape(subject(found.sampler))}</h1>",
         f'<p class="lead">{n:,} samples against {held["n"]:,} real ones that training has not seen: '
         f"{html.escape(held['name'])}. Beside every score stands its floor: what {n:,} real training samples score "
         "in place of the generated ones. A score within the floor's interval cannot be told from real data by it.</p>",
         f'<div class="cards">{made}</div>',
         "".join(f'<p class="warning"><b>Warning:</b> {html.escape(text)}.</p>' for text in found.warnings),
-        _figure(pictures, "samples", "Generated samples", f"The first {min(n, SHOWN)} samples, not selected."),
+        _figure(pictures, "samples", "Generated samples", shown),
     ]
     for name, scores in found.scores.items():
         about = found.measure["features"][name]
@@ -145,8 +181,9 @@ def _body(found: Evaluation, folder: Path, pictures: Mapping[str, Path]) -> str:
             "<h2>Over steps and guidance</h2>",
             _figure(
                 pictures, "curves", "Scores over steps and guidance weight",
-                "Bands are 95 % intervals; dashed lines the floor, which real samples reach. Settings that are chosen "
-                "by these curves are tuned on their features: judge them by others.",
+                f"On {first}. Bands are 95 % intervals; dashed lines the floor, which real samples reach, with its "
+                "interval in gray. Settings that are chosen by these curves are tuned on their features: judge them by "
+                "others.",
             ),
         ]  # fmt: skip
     if found.classes:
@@ -164,8 +201,9 @@ def _body(found: Evaluation, folder: Path, pictures: Mapping[str, Path]) -> str:
         "<h2>Did it copy?</h2>",
         _figure(
             pictures, "copies", "Samples above their nearest training samples",
-            "Above, the samples that lie nearest to a training sample in proportion to the nearest held-out one; "
-            "below, those training samples. Ratios of the distances: "
+            f"{where[0]}, the samples that lie nearest to a training sample, in proportion to the distance of that one "
+            "to its own nearest neighbour; "
+            f"{where[1]}, those training samples. Ratios of the distances: "
             + ", ".join(f"{ratio:.2f}" for ratio in found.copies.ratio.tolist()) + ".",
         ),
         plot.table_html(HEADER, rows_of(found.memory)),

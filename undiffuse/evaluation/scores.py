@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,15 +61,23 @@ class Real:
         """The named metrics of samples x (n, *data)."""
         fake, out = self.of(x), {}
         for name in names:
-            metric, why, found = METRICS[name], "", NOTHING
-            try:
-                found = metric.measure(self.held_out, fake, seed)
-            except InputError as error:
-                why = str(error)
+            metric = METRICS[name]
+            found, why = measured(metric.measure, self.held_out, fake, seed)
             if name not in self.floors:
-                self.floors[name] = NOTHING if why else metric.measure(self.held_out, self.train, seed)
+                self.floors[name] = measured(metric.measure, self.held_out, self.train, seed)[0]
             out[name] = Score(found, self.floors[name], metric.better, metric.title, metric.settings, why)
         return out
+
+
+def measured(measure: Callable[..., Estimate], *given: Any) -> tuple[Estimate, str]:
+    """What it gives, or why there is nothing."""
+    try:
+        found = measure(*given)
+    except InputError as error:
+        return NOTHING, str(error)
+    if not math.isfinite(found.value):
+        return NOTHING, "it has no finite value: samples coincide with real ones"
+    return found, "" if math.isfinite(found.low) else "too few samples for an interval"
 
 
 def memorisation(x: Tensor, train: Tensor, held_out: Tensor, seed: int) -> dict[str, Score]:
@@ -77,22 +86,20 @@ def memorisation(x: Tensor, train: Tensor, held_out: Tensor, seed: int) -> dict[
     x, train, held_out = (extract(Pixels(), part) for part in (x, train, held_out))
     half, out = len(held_out) // 2, {}
     for name, metric in MEMORY.items():
-        why, found, floor = "", NOTHING, NOTHING
-        try:
-            found = metric.measure(x, train, held_out, seed)
-            floor = metric.measure(held_out[:half], train, held_out[half:], seed)
-        except InputError as error:
-            why = str(error)
+        found, why = measured(metric.measure, x, train, held_out, seed)
+        floor, _ = measured(metric.measure, held_out[:half], train, held_out[half:], seed)
         out[name] = Score(found, floor, metric.better, metric.title, {**metric.settings, **known}, why)
     return out
 
 
 class Judge(Protocol):
-    """Reads the class of a sample; `known` is the share of real samples, which it has not seen, that it reads right."""
+    """Reads the class of a sample; `known` is the share of the real samples `unseen`, on which it was not fitted, that
+    it reads right."""
 
     name: str
     hash: str
-    known: float
+    known: Estimate
+    unseen: Tensor
 
     def read(self, x: Tensor, /) -> Tensor: ...
 
@@ -102,7 +109,8 @@ class ClassifierJudge:
 
     def __init__(self, reading: Reading, held_out: Tensor, labels: Tensor) -> None:
         self.reading, self.name, self.hash = reading, f"the classifier {reading.name}", reading.hash
-        self.known = float((self.read(held_out) == labels).double().mean())
+        self.unseen = held_out
+        self.known = share(self.read(held_out) == labels)
 
     def read(self, x: Tensor) -> Tensor:
         return self.reading.read(x).argmax(1)
@@ -115,7 +123,8 @@ class SupportVectors:
         self.reader = Reader(held_out)
         self.name, self.hash = "a support vector machine fitted on the held-out samples", hash_of(held_out.x)
         assert train.labels is not None
-        self.known = self.reader.accuracy(train.x, train.labels)
+        self.unseen = train.x[: len(held_out)]
+        self.known = share(self.read(train.x) == train.labels)
 
     def read(self, x: Tensor) -> Tensor:
         return torch.from_numpy(np.asarray(self.reader.read(x))).long()
@@ -129,7 +138,7 @@ def judge_of(features: Sequence[Features], held_out: Data, train: Data) -> Judge
     for reading in features:
         if isinstance(reading, Reading) and len(reading.names) == classes:
             judge = ClassifierJudge(reading, held_out.x, held_out.labels)
-            if judge.known > 0.5:  # else it reads other classes than these
+            if judge.known.value > 0.5:  # else it reads other classes than these
                 return judge
     return SupportVectors(held_out, train)
 
@@ -137,8 +146,7 @@ def judge_of(features: Sequence[Features], held_out: Data, train: Data) -> Judge
 def adherence(judge: Judge, x: Tensor, labels: Tensor) -> Score:
     """The share of samples that the judge reads as the class they were asked for."""
     right = judge.read(x) == labels
-    known = Estimate(judge.known, float("nan"), float("nan"))
-    return Score(share(right), known, "higher", "read as the class asked for", {"judge": judge.hash})
+    return Score(share(right), judge.known, "higher", "read as the class asked for", {"judge": judge.hash})
 
 
 def clip_scores(
@@ -155,9 +163,9 @@ def clip_scores(
     }  # fmt: skip
 
 
-def histogram(judge: Judge, x: Tensor, real: Tensor, names: Sequence[str]) -> dict[str, Any]:
+def histogram(judge: Judge, x: Tensor, names: Sequence[str]) -> dict[str, Any]:
     """How often each class is read among samples and among real ones, and how likely such a difference is by chance."""
-    found = [judge.read(part) for part in (real, x)]
+    found = [judge.read(part) for part in (judge.unseen, x)]
     told = classes(*found)
     counts = [torch.bincount(read, minlength=len(names)).tolist() for read in found]
     return {

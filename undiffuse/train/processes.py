@@ -40,6 +40,8 @@ class Processes:
 
         `device` is auto, cpu or cuda; InputError for cuda where there is none. `patience` bounds every wait.
         """
+        if device not in ("auto", "cpu", "cuda"):
+            raise InputError(f"device must be auto, cpu or cuda, got {device!r}")
         if device == "cuda" and not torch.cuda.is_available():
             raise InputError("engine.device=cuda: PyTorch finds no CUDA device here; use engine.device=cpu or auto")
         if launched() == 1:
