@@ -126,7 +126,6 @@ def cards(found: Evaluation) -> list[tuple[str, str]]:
     out = []
     for group, name, text in (
         (found.scores[first], "frechet-unbiased", f"Fréchet distance without bias, on {first}; real samples {{}}"),
-        (found.scores[first], "precision", f"precision on {first}; real samples {{}}"),
         (found.scores[first], "recall", f"recall on {first}; real samples {{}}"),
         (found.adherence, "class", "read as the class asked for; real samples {}"),
         (found.memory, "near-copies", "near copies of training samples; real samples {}"),
