@@ -165,7 +165,7 @@ class Inception:
 
     @staticmethod
     def load(file: str) -> Inception:
-        """The extractor with the weights in `file` of its file; InputError without it."""
+        """The extractor with the weights in `file`; InputError without them."""
         path = Path(file).expanduser()
         if not path.is_file():
             raise InputError(
