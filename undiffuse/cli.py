@@ -355,9 +355,9 @@ def evaluate(
         int | None, typer.Option(help="held-out samples for bits per dimension; 0: none; default 64")
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="sample by a saved tableau instead of solver and grid")] = None,
-    seed: Annotated[int, typer.Option(help="of the samples and of the metrics")] = 0,
+    seed: Annotated[int, typer.Option(help="of metrics and likelihoods; that of samples is sample.seed")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="a folder; default RUN/evaluations/SOLVER-STEPS-W-..., one for all settings")
+        Path | None, typer.Option(help="a folder; default RUN/evaluations/SOLVER-STEPS-W-..., named by all settings")
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="two folders or evaluation.json files, nothing is sampled")
@@ -379,6 +379,11 @@ def evaluate(
     if target is None or not target.strip():
         raise InputError("evaluate needs a run folder or samples, such as `undiffuse evaluate runs/digits`")
     layer = parse_overrides(overrides or [])
+    sampling = layer.get("sample")
+    if asked := sampling.get("n") if isinstance(sampling, dict) else None:
+        if number not in (0, asked):
+            raise InputError(f"-n {number} and sample.n={asked} differ: give one of them")
+        number = asked
     steps, ws = _numbers(over_steps, "--over-steps", int), _numbers(over_w, "--over-w", float)
     choices = evaluation.Choices(number, features, steps, ws, likelihood, seed)
     run = find_run(target)

@@ -256,6 +256,19 @@ def test_samples_of_any_origin():
     assert fresh.curves == fresh.likelihood == {}
 
 
+def test_samples_have_the_seed_of_sampling():
+    a, b, c = (
+        evaluate(model_of(Gaussian(SPECTRUM), sample={"steps": 20, "seed": k}), TRAIN, HELD, replace(FEW, seed=seed))
+        for k, seed in ((0, 0), (1, 0), (0, 1))
+    )
+    assert (a.sampler["seed"], b.sampler["seed"], c.measure["metrics seed"]) == (0, 1, 1)
+    assert not torch.allclose(a.x, b.x)
+    assert torch.equal(a.x, c.x)
+    assert compare(a, b).differences["seed"] == (0, 1)
+    with pytest.raises(InputError, match="metrics seed"):
+        compare(a, c)
+
+
 def test_a_tableau_samples_like_its_solver():
     plan = trace(DDIM(), UniformLam()(VP(), 20))
     a = evaluate(EXACT, TRAIN, HELD, FEW, plan=plan)
@@ -405,7 +418,9 @@ def test_latents_are_decoded_and_have_no_likelihood():
         evaluate(model, train, held, replace(FEW, likelihood=10))
     with pytest.raises(InputError, match="latents"):
         likelihoods(model, train, held, 10, 0, Processes(), lambda *_: None)
-    found = evaluate(model, train, held, FEW)
+    found = evaluate(model, train, held, replace(FEW, likelihood=None))
+    assert found.likelihood == {}
+    assert "latents" in found.warnings[0]
     assert found.x.shape == (500, 2, 2, 2)
     assert (
         found.scores["pixels"]["frechet-unbiased"].found.low < 0 < found.scores["pixels"]["frechet-unbiased"].found.high
@@ -609,6 +624,8 @@ def test_the_command_on_samples(digits, run, tmp_path):
         (["RUN", "--over-steps", "two"], "--over-steps must be numbers"),
         (["RUN", "--features", "digitz"], "did you mean 'digits'"),
         (["RUN", "-n", "5000"], "held out 797"),
+        (["RUN", "sample.n=5000"], "held out 797"),
+        (["RUN", "-n", "50", "sample.n=60"], "differ"),
         (["RUN", "net.width=3"], "fixed when the run was trained"),
         (["RUN", "--plan", "nowhere.safetensors"], "nowhere.safetensors"),
         (["RUN", "--compare", "a", "b"], "nothing else"),

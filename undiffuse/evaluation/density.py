@@ -61,13 +61,14 @@ def quantisation(x: Tensor) -> tuple[float, tuple[float, float]] | None:
     return found
 
 
-def needs_data(model: Model) -> None:
-    """Raises InputError for a model of latents, whose density is not that of the data."""
+def check_density(model: Model, train: Data, held_out: Data) -> None:
+    """Raises InputError for a model of latents, whose density is not that of the data, and as `quantisation` does."""
     if model.decode is not None:
         raise InputError(
             "this model works on latents: their density is not that of the data, which the decoder spreads in a way "
             "that nobody knows; leave the likelihood out (--likelihood 0, or Choices(likelihood=0))"
         )
+    quantisation(torch.cat([held_out.x[:2000], train.x[:2000]]))
 
 
 def likelihoods(
@@ -80,7 +81,7 @@ def likelihoods(
     """
     if n == 0:
         return {}
-    needs_data(model)
+    check_density(model, train, held_out)
     held, known = (_first(part, n) for part in (held_out, train))
     grid = quantisation(torch.cat([held_out.x[:2000], train.x[:2000]]))
     step, span = grid or (None, (-1.0, 1.0))
@@ -106,7 +107,7 @@ def likelihoods(
     trace = f"Hutchinson's trace ± {flow.interval or 0.0:.2g} from {probes} probes" if probes else "exact trace"
     note = f"{trace}; integration ± {integration:.2g}"
     return {
-        "about": _about(step, span, unit, flow, len(held.x), lam),
+        "about": _about(step, span, unit, flow, len(held.x), lam) + _given(model),
         "unit": unit,
         "bound": _entry("variational bound", bounds[0].mean, bounds[0].error, shift, "an upper bound", settings),
         "bound on training samples": _entry(
@@ -116,6 +117,10 @@ def likelihoods(
         "flow": _entry("probability flow", flow.mean, flow.error, shift, note, made),
         "terms": _terms(bounds[0], shift),
     }  # fmt: skip
+
+
+def _given(model: Model) -> str:
+    return " It is that of the network without guidance, given each sample's class." if model.classes else ""
 
 
 def _terms(found: Bound, shift: float) -> list[dict[str, float | None]]:
@@ -139,18 +144,19 @@ class _Parts:
     ) -> Any:
         """`compute` on all samples, joined by `cat`."""
         more |= self.settings if quantised else {}
-        ends = [len(data) * r // self.processes.world for r in range(self.processes.world + 1)]
-        part = slice(ends[self.processes.rank], ends[self.processes.rank + 1])
+        part = self.processes.part(len(data))
+        x, labels = data.x[part.start : part.stop], data.labels
         model, use = self.model, self.model.config.section("sample")
-        labels = None if data.labels is None or not model.classes else data.labels[part]
         denoiser = FixedRows(model.denoiser, use.rows) if use.rows else model.denoiser
 
         def work() -> Any:
-            if part.start == part.stop:
+            if not part:
                 return None
-            cond = model.cond(labels, part.stop - part.start)
+            cond = None
+            if labels is not None and model.classes:
+                cond = model.cond(labels[part.start : part.stop], len(part))
             return compute(
-                denoiser, data.x[part].to(model.device), cond=None if cond is None else cond.to(model.device),
+                denoiser, x.to(model.device), cond=None if cond is None else cond.to(model.device),
                 seed=self.seed, first=part.start, batch=use.batch, **more,
             )  # fmt: skip
 

@@ -13,7 +13,7 @@ from undiffuse.data import Data
 from undiffuse.evals import extract, open_features
 from undiffuse.evals.features import Pixels, check_features, hash_of
 from undiffuse.evals.memory import Suspects, suspects
-from undiffuse.evaluation.density import likelihoods, needs_data
+from undiffuse.evaluation.density import check_density, likelihoods
 from undiffuse.evaluation.drawn import Progress, Sampler
 from undiffuse.evaluation.scores import (
     Real,
@@ -40,7 +40,8 @@ class Choices:
     """What to measure: `n` samples (0: as many as there are held-out ones, at most 5,000) on `features`, curves over
     numbers of steps and guidance weights, bits per dimension of `likelihood` held-out samples (0: none).
 
-    None stands for 5, 10, 20, 50 steps, for w = 1, 1.5, 2, 3, 5 and for 64 samples, each where it is possible.
+    None stands for 5, 10, 20, 50 steps, for w = 1, 1.5, 2, 3, 5 and for 64 samples, each where it is possible. `seed`
+    is that of metrics and likelihoods; samples have the model's own, sample.seed.
     """
 
     n: int = 0
@@ -142,8 +143,14 @@ def evaluate(
     choices, processes = choices or Choices(), processes or Processes()
     if model.denoiser.training and model.parameters:
         raise InputError("the model is in training mode, where dropout is on: call model.denoiser.eval() first")
-    if choices.likelihood != 0:
-        needs_data(model)
+    density, missing = choices.likelihood, list[str]()
+    if density != 0:
+        try:
+            check_density(model, train, held_out)
+        except InputError as error:
+            if density is not None:
+                raise
+            density, missing = 0, [f"no likelihood: {error}"]
     if (choices.likelihood or 0) > min(len(held_out), len(train)):
         raise InputError(
             f"the likelihood of {choices.likelihood} samples was asked for: there are {len(held_out)} held-out and "
@@ -157,14 +164,15 @@ def evaluate(
         if part.classes > model.classes > 0:
             raise InputError(f"{part.name} has label {part.classes - 1}; this model knows {model.classes} classes")
     labels = train.labels[:n] if model.classes and train.labels is not None else None
-    sampler = Sampler(model, labels, choices.seed, processes, plan)
+    sampler = Sampler(model, labels, int(model.config.values["sample"]["seed"]), processes, plan)
     over, view = choices.over(sampler), View.of(train, model)
     scoring = _Scoring(view, view.data(held_out, n), view.data(train, len(train)), choices, processes, progress)
     x = sampler.draw(n, lambda i, k: progress(f"{n} samples", i, k))
     found = scoring.of(x, labels, sampler.about(weights, run), model.names or tuple(map(str, range(model.classes))))
-    k = min(64, len(held_out), len(train)) if choices.likelihood is None else choices.likelihood
+    k = min(64, len(held_out), len(train)) if density is None else density
     likelihood = likelihoods(model, train, held_out, k, choices.seed, processes, progress)
-    return replace(found, curves=_curves(sampler, over, scoring), likelihood=likelihood)
+    warnings = (*found.warnings, *missing)
+    return replace(found, curves=_curves(sampler, over, scoring), likelihood=likelihood, warnings=warnings)
 
 
 def evaluate_samples(

@@ -147,10 +147,13 @@ class Processes:
                 raise Lost(f"process {number} failed: {trouble}")
         return [value for value, _ in heard]
 
+    def part(self, n: int) -> range:
+        """This process's numbers of 0, ..., n - 1, of which each has a piece."""
+        return range(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+
     def divide(self, n: int, work: Callable[[range], Tensor]) -> Tensor:
         """The rows 0, ..., n - 1 of `work`, of which each process makes its part; all get all of them, on the CPU."""
-        ends = [n * r // self.world for r in range(self.world + 1)]
-        part = range(ends[self.rank], ends[self.rank + 1])
+        part = self.part(n)
         found = self.each(lambda: work(part).cpu() if part else None)
         return torch.cat([rows for rows in found if rows is not None])
 
