@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -16,11 +17,26 @@ from undiffuse.schedule import Discrete, Schedule
 from undiffuse.seeds import seed_of, uniform
 from undiffuse.types import InputError
 
+_U_MIN = 1e-9  # quantiles are finite inside (0, 1)
+_T_MIN = 1e-12  # a schedule may end in sigma = 0, where only x0 itself could be learned
+
+
+def _require(ok: bool, setting: str, value: object, expected: str) -> None:
+    if not ok:
+        raise InputError(f"{setting} must be {expected}, got {value}")
+
 
 class LevelDistribution(Protocol):
     """Maps u uniform in (0, 1) to levels by the inverse of its cumulative distribution: rising u, rising noise."""
 
     def __call__(self, u: Tensor, schedule: Schedule) -> Level: ...
+
+
+def _at_time(t: Tensor, schedule: Schedule) -> Level:
+    """The level at t, or a table's next index: a table has no others, and index i gets the mass of (i, i + 1] / T."""
+    if isinstance(schedule, Discrete):
+        return schedule.level((t * schedule.T).ceil().clamp(1, schedule.T) / schedule.T)
+    return schedule.level(t.clamp(_T_MIN, 1))
 
 
 @dataclass(frozen=True)
@@ -30,31 +46,106 @@ class UniformTime:
     t_min: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not 0 < self.t_min < 1:
-            raise InputError(f"levels.t_min must lie in (0, 1), got {self.t_min}")
+        _require(0 < self.t_min < 1, "levels.t_min", self.t_min, "in (0, 1)")
 
     def __call__(self, u: Tensor, schedule: Schedule) -> Level:
-        if isinstance(schedule, Discrete):
-            return schedule.level((u * schedule.T).ceil().clamp(1, schedule.T) / schedule.T)
-        return schedule.level(self.t_min + (1 - self.t_min) * u)
+        return _at_time(u if isinstance(schedule, Discrete) else self.t_min + (1 - self.t_min) * u, schedule)
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    """t = sigmoid(mean + std z), z standard normal, on the schedule's own time (Esser et al. 2024, section 3.1).
+
+    A finite `mean` above 0 favours noise; std > 0 and finite. On the straight `Flow` it is `LogNormal` with the same
+    settings, since sigma / alpha = t / (1 - t) there; a `shift` adds its logarithm to the mean.
+
+    >>> from undiffuse import Flow
+    >>> round(float(LogitNormal(mean=0.5)(torch.tensor(0.5), Flow()).lam), 6)
+    -0.5
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.mean), "levels.mean", self.mean, "finite")
+        _require(0 < self.std < math.inf, "levels.std", self.std, "> 0 and finite")
+
+    def __call__(self, u: Tensor, schedule: Schedule) -> Level:
+        return _at_time(torch.sigmoid(self.mean + self.std * torch.special.ndtri(u.double())), schedule)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """t = v + s (v - sin^2(pi v / 2)), v uniform, on the schedule's own time (Esser et al. 2024, section 3.1).
+
+    `s` in [-1, 2 / (pi - 2)], where t rises with v: above 0 it favours the middle, below 0 the ends, and 0 is uniform.
+    Unlike the logit-normal's, the density is above 0 at both ends.
+    """
+
+    s: float = 1.29
+
+    def __post_init__(self) -> None:
+        _require(-1 <= self.s <= 2 / (math.pi - 2), "levels.s", self.s, "from -1 to 2 / (pi - 2) = 1.7519")
+
+    def __call__(self, u: Tensor, schedule: Schedule) -> Level:
+        u = u.double()
+        return _at_time(u + self.s * (u - torch.sin(math.pi / 2 * u).square()), schedule)
+
+
+@dataclass(frozen=True)
+class UniformInLam:
+    """lam, half the log-SNR, uniform from lam_min to lam_max, or as much of that as the schedule has.
+
+    Under it a weight on eps is the w of the weighted ELBO of Kingma and Gao 2023 (arXiv 2303.00848). Needs
+    finite lam_min < lam_max; InputError on a schedule that has no such levels.
+    """
+
+    lam_min: float = -7.5
+    lam_max: float = 7.5
+
+    def __post_init__(self) -> None:
+        ok = -math.inf < self.lam_min < self.lam_max < math.inf
+        _require(ok, "levels.lam_min and lam_max", (self.lam_min, self.lam_max), "finite with lam_min < lam_max")
+
+    def __call__(self, u: Tensor, schedule: Schedule) -> Level:
+        first = 1 / schedule.T if isinstance(schedule, Discrete) else 0.0
+        noisy, clean = float(schedule.level(1.0).lam), float(schedule.level(first).lam)
+        low, high = max(self.lam_min, noisy), min(self.lam_max, clean)
+        if not low < high:
+            raise InputError(
+                f"levels.lam_min = {self.lam_min} to lam_max = {self.lam_max} has no level of the schedule, whose lam "
+                f"is {noisy:.4g} to {clean:.4g}: choose bounds that overlap it"
+            )
+        return Level.at(high - (high - low) * u.double(), schedule.space)
 
 
 @dataclass(frozen=True)
 class LogNormal:
-    """log(sigma / alpha) = -lam is normal with this mean and std (Karras et al. 2022, table 1)."""
+    """log(sigma / alpha) = -lam is normal with this finite mean and std > 0 (Karras et al. 2022, table 1)."""
 
     mean: float = -1.2
     std: float = 1.2
 
     def __post_init__(self) -> None:
-        if self.std <= 0:
-            raise InputError(f"levels.std must be > 0, got {self.std}")
+        _require(math.isfinite(self.mean), "levels.mean", self.mean, "finite")
+        _require(0 < self.std < math.inf, "levels.std", self.std, "> 0 and finite")
 
     def __call__(self, u: Tensor, schedule: Schedule) -> Level:
         return Level.at(-(self.mean + self.std * torch.special.ndtri(u)), schedule.space)
 
 
-LEVELS: dict[str, Callable[..., LevelDistribution]] = {"uniform-time": UniformTime, "log-normal": LogNormal}
+LEVELS: dict[str, Callable[..., LevelDistribution]] = {
+    "uniform-time": UniformTime,
+    "log-normal": LogNormal,
+    "logit-normal": LogitNormal,
+    "mode": Mode,
+    "uniform-lam": UniformInLam,
+}
+
+
+def _snr(level: Level) -> Tensor:
+    return level.alpha**2 / level.sigma**2
 
 
 @dataclass(frozen=True)
@@ -62,7 +153,7 @@ class SNRWeight:
     """alpha^2 / sigma^2 on the error of x0: DDPM's plain loss on eps (Ho et al. 2020, equation 14)."""
 
     def __call__(self, level: Level, sigma_data: float) -> Tensor:
-        return level.alpha**2 / level.sigma**2
+        return _snr(level)
 
 
 @dataclass(frozen=True)
@@ -73,7 +164,92 @@ class EDMWeight:
         return (level.alpha**2 * sigma_data**2 + level.sigma**2) / (level.sigma * sigma_data) ** 2
 
 
-WEIGHTS: dict[str, Callable[..., Callable[[Level, float], Tensor]]] = {"simple": SNRWeight, "edm": EDMWeight}
+@dataclass(frozen=True)
+class MinSNRWeight:
+    """min(SNR, gamma) on x0's error, which is min(SNR, gamma) / SNR on eps (Hang et al. 2023, arXiv 2303.09556).
+
+    gamma > 0 and finite.
+    """
+
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        _require(0 < self.gamma < math.inf, "weight.gamma", self.gamma, "> 0 and finite")
+
+    def __call__(self, level: Level, sigma_data: float) -> Tensor:
+        return _snr(level).clamp(max=self.gamma)
+
+
+@dataclass(frozen=True)
+class P2Weight:
+    """SNR / (k + SNR)^gamma on x0's error, which is 1 / (k + SNR)^gamma on eps (Choi et al. 2022, arXiv 2204.00227).
+
+    k > 0 and gamma >= 0, both finite; gamma = 0 is DDPM's plain loss.
+    """
+
+    k: float = 1.0
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(0 < self.k < math.inf, "weight.k", self.k, "> 0 and finite")
+        _require(0 <= self.gamma < math.inf, "weight.gamma", self.gamma, ">= 0 and finite")
+
+    def __call__(self, level: Level, sigma_data: float) -> Tensor:
+        snr = _snr(level)
+        return snr * (self.k + snr) ** -self.gamma
+
+
+@dataclass(frozen=True)
+class SigmoidWeight:
+    """SNR sigmoid(bias - log SNR) on x0's error, which is the sigmoid itself on eps (Kingma and Gao 2023).
+
+    A finite `bias` in units of log SNR = 2 lam. It equals SNR where log SNR << bias, and e^bias where it is >> bias.
+    """
+
+    bias: float = 2.0
+
+    def __post_init__(self) -> None:
+        # e^-bias must be a number
+        _require(abs(self.bias) <= 100, "weight.bias", self.bias, "from -100 to 100")
+
+    def __call__(self, level: Level, sigma_data: float) -> Tensor:
+        return level.alpha**2 / (level.sigma**2 + level.alpha**2 * math.exp(-self.bias))
+
+
+@dataclass(frozen=True)
+class X0Weight:
+    """1: the plain loss on x0."""
+
+    def __call__(self, level: Level, sigma_data: float) -> Tensor:
+        return torch.ones_like(level.alpha)
+
+
+@dataclass(frozen=True)
+class VWeight:
+    """SNR + 1 on x0's error: the plain loss on v (Salimans and Ho 2022, section 4)."""
+
+    def __call__(self, level: Level, sigma_data: float) -> Tensor:
+        return _snr(level) + 1
+
+
+@dataclass(frozen=True)
+class FlowWeight:
+    """((alpha + sigma) / sigma)^2 on x0's error: the plain loss on u = eps - x0, flow matching (Liu et al. 2022)."""
+
+    def __call__(self, level: Level, sigma_data: float) -> Tensor:
+        return (level.alpha / level.sigma + 1) ** 2
+
+
+WEIGHTS: dict[str, Callable[..., Callable[[Level, float], Tensor]]] = {
+    "simple": SNRWeight,
+    "edm": EDMWeight,
+    "x0": X0Weight,
+    "v": VWeight,
+    "flow": FlowWeight,
+    "min-snr": MinSNRWeight,
+    "p2": P2Weight,
+    "sigmoid": SigmoidWeight,
+}
 
 
 class Loss(NamedTuple):
@@ -99,7 +275,8 @@ class Objective:
     stratified: bool = True
 
     def check(self, model: Denoiser) -> None:
-        """InputError for a head that cannot be trained on these levels."""
+        """InputError for a head that cannot be trained on these levels, for levels that the schedule lacks, and for a
+        weight that is not finite and >= 0 on them."""
         if model.head.needs_alpha and bool(self.schedule.level(1.0).alpha == 0):
             name = type(model.head).__name__
             raise InputError(
@@ -108,13 +285,21 @@ class Objective:
             )
         if model.learned_variance:
             raise InputError("this objective trains the mean alone: build the network with learned_variance = false")
+        _require(0 < self.sigma_data < math.inf, "sigma_data, the std of the data,", self.sigma_data, "> 0 and finite")
+        level = self.levels(torch.tensor([_U_MIN, 0.5, 1 - _U_MIN], dtype=torch.float64), self.schedule)
+        weight = self.weight(level, self.sigma_data).float()
+        if not bool(((weight >= 0) & weight.isfinite()).all()):
+            raise InputError(
+                f"{self.weight} must be finite and >= 0 on the levels, got {weight.tolist()} at lam = "
+                f"{level.lam.tolist()}: keep {self.levels} away from clean data, or choose another weight"
+            )
 
     def draw(self, b: int, seed: int = 0, step: int = 1) -> Level:
         """The levels (b,) of a step's b samples: a function of (seed, step)."""
         u = uniform(seed_of(seed, 4), torch.arange((step - 1) * b, step * b))
         if self.stratified:
             u = (torch.randperm(b, generator=torch.Generator().manual_seed(seed_of(seed, 5, step))) + u) / b
-        return self.levels(u.clamp(1e-9, 1 - 1e-9), self.schedule)
+        return self.levels(u.clamp(_U_MIN, 1 - _U_MIN), self.schedule)
 
     def __call__(self, model: Denoiser, x0: Tensor, eps: Tensor, level: Level, cond: Any = None) -> Loss:
         """The error at x = alpha x0 + sigma eps; level (b,), computed in float32 around the network."""
