@@ -374,7 +374,7 @@ def evaluate(
     """
     if compare is not None:
         if target is not None or overrides:
-            raise InputError("--compare takes two finished evaluations and nothing else")
+            raise InputError("--compare takes two finished evaluations and nothing else: does a pattern match several?")
         return _compared(compare, as_json)
     if target is None or not target.strip():
         raise InputError("evaluate needs a run folder or samples, such as `undiffuse evaluate runs/digits`")
@@ -397,17 +397,23 @@ def evaluate(
             raise InputError("--plan and --dry-run are for runs: these samples are made by now")
         folder = out if out is not None else Path(f"{Path(target.rstrip('/')).stem}-evaluation")
         report.writable(folder)
+        processes = Processes.start(device)
         samples, train, held_out = data_of_samples(target, layer, number)
-        with _not_kept(), Bars(as_json) as bars:
-            found = evaluation.evaluate_samples(samples, train, held_out, choices, progress=_stages(bars))
-        return _evaluated(found, folder, as_json)
+        with _not_kept(), Bars(as_json or not processes.main) as bars:
+            found = evaluation.evaluate_samples(
+                samples, train, held_out, choices, processes=processes, progress=_stages(bars)
+            )
+        processes.end()
+        if processes.main:
+            _evaluated(found, folder, as_json)
+        return
     model = Model.load(run)
     config = bulk_module.configure(model, layer)
     if dry_run:
         return _dry(config, as_json)
     table = None if plan is None else Tableau.load(plan)
     name = plan.stem if plan is not None else _how(config, bool(model.classes))
-    settings = [*(config.values[key] for key in bulk_module.SETTINGS), asdict(choices), str(plan), device]
+    settings = [*(config.values[key] for key in bulk_module.SETTINGS), asdict(choices), str(plan)]
     folder = out if out is not None else run / "evaluations" / f"{name}-{digest(json.dumps(settings))[:6]}"
     report.writable(folder)
     processes = Processes.start(device)

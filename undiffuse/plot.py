@@ -239,6 +239,10 @@ def _scores_over(axes: Any, key: str, rows: Sequence[dict[str, Any]], name: str,
         axes.set_xscale("log")
         axes.set_xticks(at, [f"{value:g}" for value in at])
         axes.xaxis.set_minor_locator(ticker.NullLocator())
+    if all(r[name]["value"] is None or math.isnan(r[name]["value"]) for r in rows):
+        axes.text(0.5, 0.5, "too few samples", transform=axes.transAxes, ha="center", color=MUTED, fontsize=9)
+        axes.set_yticks([])
+        return
     value, low, high = (
         [math.nan if r[name][k] is None else r[name][k] for r in rows] for k in ("value", "low", "high")
     )
@@ -338,7 +342,7 @@ img { max-width: 100%; height: auto; border-radius: .3rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .8rem 0; }
 th, td { padding: .3rem .9rem .3rem 0; text-align: right; border-bottom: 1px solid #e7e4df; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { font-weight: 600; color: #555b64; font-size: .88rem; }
-td small, th small { color: #777d86; font-weight: 400; }
+td small, th small { color: #777d86; font-weight: 400; display: inline-block; max-width: 17rem; white-space: normal; }
 code, pre { font: .88rem/1.5 ui-monospace, monospace; background: #f0eeea; border-radius: .3rem; }
 code { padding: .1rem .3rem; } pre { padding: .8rem 1rem; overflow-x: auto; }
 """

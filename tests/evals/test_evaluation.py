@@ -82,7 +82,8 @@ def test_the_last_point_of_the_curve_is_the_score(exact):
 
 def test_likelihood_of_the_exact_model(exact):
     std = SPECTRUM.variances.sqrt()
-    held = HELD.x[:200].flatten(1).double()
+    order = torch.randperm(500, generator=torch.Generator().manual_seed(0))  # in which samples are taken
+    held = HELD.x[order[:200]].flatten(1).double()
     bits = -torch.distributions.Normal(0, std).log_prob(held).sum(1) / 4 / torch.log(torch.tensor(2.0))
     found = exact.likelihood
     assert found["unit"] == "bits/dim of the density"
@@ -188,6 +189,43 @@ def test_copies_among_fresh_samples_are_found():
     assert "they are copies" in warning
     assert [row["ratio"] for row in found.json()["copies"]] == [0.0] * 10
     assert evaluate_samples(drawn(500, 3), TRAIN, HELD, FEW).warnings == ()
+    few = drawn(500, 3).x.clone()
+    few[::50] = TRAIN.x[:10]  # 2 %, where chance has 2 % of its own
+    assert evaluate_samples(Data(few, None, "few"), TRAIN, HELD, FEW).memory["near-copies"].found.value > 0.02
+
+
+def test_data_sorted_by_class_are_mixed():
+    """Else the first n would be of one class, and all scores with them."""
+    labels = torch.arange(600) // 300
+    shift = 3.0 * labels.reshape(-1, 1, 1, 1)
+    train, held = Data(TRAIN.x + shift, labels, "sorted"), Data(drawn(600, 2).x + shift, labels, "sorted")
+    found = evaluate_samples(Data(drawn(600, 3).x + shift, labels, "samples"), train, held, replace(FEW, n=100))
+    assert 30 < min(found.classes["real"]) <= max(found.classes["real"]) < 70
+    assert 30 < min(found.classes["samples"]) <= max(found.classes["samples"]) < 70
+    assert found.adherence["class"].found.value > 0.95
+    distance = found.scores["pixels"]["frechet-unbiased"]
+    assert distance.found.low < 0 < distance.found.high
+
+
+def test_components_do_not_know_the_samples_of_the_floor():
+    """Of wide noise they would otherwise be far from anything fresh, and the floor with them."""
+
+    def noise(n, seed):
+        return Data(torch.randn(n, 1, 20, 20, generator=torch.Generator().manual_seed(seed)), None, "noise")
+
+    found = evaluate_samples(noise(80, 3), noise(400, 1), noise(80, 2), replace(FEW, features="pca"))
+    scores = found.scores["pca"]
+    assert not any("too few training samples" in warning for warning in found.warnings)
+    assert scores["frechet"].floor.value == pytest.approx(scores["frechet"].found.value, rel=0.25)
+    assert abs(scores["precision"].floor.value - scores["precision"].found.value) < 0.2
+    few = evaluate_samples(noise(80, 3), noise(90, 1), noise(80, 2), replace(FEW, features="pca"))
+    assert "too few training samples to fit pca" in few.warnings[0]
+
+
+def test_repeated_samples_are_named():
+    again = drawn(500, 3).x.clone()
+    again[100:200] = again[:1]
+    assert "100 of 500 samples repeat another" in evaluate_samples(Data(again), TRAIN, HELD, FEW).warnings[0]
 
 
 def test_what_is_odd_is_said():
@@ -531,6 +569,10 @@ def test_an_evaluation_is_written_whole(exact, tmp_path, monkeypatch):
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "e").iterdir()}
     write(replace(exact, curves={}), tmp_path / "e")
     assert not (tmp_path / "e" / "curves.png").exists()
+    (tmp_path / "e" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"such as notes.txt"):
+        write(exact, tmp_path / "e")
+    assert (tmp_path / "e" / "notes.txt").read_text() == "mine"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     for place in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt", tmp_path / "mine" / "thesis.txt" / "x", ""):

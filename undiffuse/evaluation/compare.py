@@ -41,7 +41,7 @@ def read(path: str | Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist: --compare takes what `undiffuse evaluate` writes") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise InputError(f"{path} is no evaluation ({FORMAT}): --compare takes what `undiffuse evaluate` writes")

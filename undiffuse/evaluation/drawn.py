@@ -115,7 +115,7 @@ class Sampler:
             "model": hash_of_model(self.model),
             "weights": weights_are,
             "parameters": self.model.parameters,
-            "schedule": repr(self.model.schedule),
+            "schedule": _short(repr(self.model.schedule)),
             "solver": values["solver"],
             "grid": values["grid"],
             "steps": self.steps,
@@ -131,6 +131,11 @@ class Sampler:
             "rows of a network call": values["sample"]["rows"],
             "tuned on": list(self.plan.tuned_on) if self.plan is not None else [],
         }
+
+
+def _short(text: str) -> str:
+    """A text, or of a long one its start and hash: a table of levels has a thousand numbers."""
+    return text if len(text) <= 100 else f"{text[:40]}… (SHA-256 {digest(text)[:16]})"
 
 
 def hash_of_model(model: Model) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -163,6 +164,7 @@ def evaluate(
             raise InputError(f"{part.name} has no labels, and this model was trained with {model.classes} classes")
         if part.classes > model.classes > 0:
             raise InputError(f"{part.name} has label {part.classes - 1}; this model knows {model.classes} classes")
+    train, held_out = _mixed(train), _mixed(held_out)
     labels = train.labels[:n] if model.classes and train.labels is not None else None
     sampler = Sampler(model, labels, int(model.config.values["sample"]["seed"]), processes, plan)
     over, view = choices.over(sampler), View.of(train, model)
@@ -199,11 +201,18 @@ def evaluate_samples(
     known = max(train.classes, held_out.classes)
     if samples.labels is not None and known and samples.classes > known:
         raise InputError(f"{samples.name} has label {samples.classes - 1}; {train.name} knows {known} classes")
+    samples, train, held_out = _mixed(samples), _mixed(train), _mixed(held_out)
     view = View.of(train)
     scoring = _Scoring(view, view.data(held_out, n), view.data(train, len(train)), choices, processes, progress)
     labels = None if samples.labels is None else samples.labels[:n]
     about = {"samples": samples.name, "of": len(samples), "sha256": hash_of(samples.x[:n]), "tuned on": []}
     return scoring.of(samples.x[:n], labels, about, ())
+
+
+def _mixed(data: Data) -> Data:
+    """In a fixed random order: the first n of data that are sorted by class would be of one class."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    return Data(data.x.detach()[order], None if data.labels is None else data.labels[order], data.name)
 
 
 def _count(shape: tuple[int, ...], train: Data, held_out: Data, choices: Choices) -> int:
@@ -236,14 +245,20 @@ class _Scoring:
     ) -> None:
         progress("features of real samples", 0, 1)
         self.view, self.held, self.known, self.choices, self.progress = view, held, known, choices, progress
-        self.features = open_features(choices.features, known.x, held.name.split(" (")[0])
+        n, self.warnings = len(held), list[str]()
+        fitted = known.x[n:]  # components of the very samples that give the floor would flatter it
+        if len(fitted) < 40:
+            fitted = known.x
+            if any(kind in ("auto", "pca") for kind, _ in check_features(choices.features)):
+                self.warnings.append("there are too few training samples to fit pca on others than those of the floor")
+        self.features = open_features(choices.features, fitted, held.name.split(" (")[0])
         self.reals = [Real(f, held.x, known.x[: len(held)], processes) for f in self.features]
         self.judge = judge_of(self.features, held, known)
         progress("features of real samples", 1, 1)
 
     def of(self, x: Tensor, labels: Tensor | None, sampler: dict[str, Any], names: Sequence[str]) -> Evaluation:
         """All scores of samples x in the data's range, asked for as `labels`."""
-        warnings = [*self._tuned(sampler), *self._of_data(x)]
+        warnings = [*self.warnings, *self._tuned(sampler), *self._of_data(x)]
         seed, held, known, asked = self.choices.seed, self.held, self.known, dict[str, Score]()
         x = self.view(x)
         classes = max(held.classes, known.classes)
@@ -260,7 +275,7 @@ class _Scoring:
         copies = suspects(extract(Pixels(), x), extract(Pixels(), known.x), 10)
         self.progress("scores", 1, 1)
         sampler = {**sampler, "trained on": {"name": known.name, "n": len(known), "sha256": hash_of(known.x)}}
-        warnings += [*_of_copies(memory, len(x)), *self._of_judge()]
+        warnings += [*_of_copies(memory, len(x), len(held)), *self._of_judge()]
         return Evaluation(
             self._measure(), sampler, scores, asked, memory, found, {}, {}, tuple(warnings), x, copies, known.x
         )  # fmt: skip
@@ -277,9 +292,14 @@ class _Scoring:
         seen, held = _rows(self.known.x), _rows(self.held.x)
         if both := len(seen & held):
             out.append(f"{both} of the {len(self.held)} held-out samples are training samples as well")
-        if same := len(_rows(self.view(x)) & held):
+        made = _rows(self.view(x))
+        if len(x) - len(made) > len(self.held) - len(held):
+            out.append(f"{len(x) - len(made)} of {len(x)} samples repeat another, bit for bit")
+        if same := len(made & held):
             out.append(f"{same} of the samples are held-out samples, bit for bit: distances to these mean nothing")
         real, spread = self.known.x, float(self.known.x.std())
+        if spread == 0:
+            raise InputError(f"{self.known.name}: all values are the same; there is nothing to compare with")
         if not 0.55 < float(plain.std()) / spread < 1.8 or abs(float(plain.mean() - real.mean())) > spread:
             ends = (f"[{float(part.min()):.4g}, {float(part.max()):.4g}]" for part in (plain, real))
             out.append("the samples' values lie in {}, those of the real data in {}: have they one unit?".format(*ends))
@@ -353,14 +373,18 @@ def _rows(x: Tensor) -> set[bytes]:
     return {row.contiguous().numpy().tobytes() for row in x}
 
 
-def _of_copies(memory: dict[str, Score], n: int) -> list[str]:
-    """Whether the tests for copies find any."""
+def _of_copies(memory: dict[str, Score], n: int, held: int) -> list[str]:
+    """Whether the tests for copies find any: more near copies than held-out data have by more than chance (Fisher's
+    exact test at 1 %), or C_T far below 0."""
+    from scipy.stats import fisher_exact
+
     out, near, test = [], memory["near-copies"], memory["ct"]
-    if near.found.low > near.floor.high:
+    some, real = (0 if math.isnan(part.value) else part.value for part in (near.found, near.floor))
+    k, others = round(some * n), round(real * held)
+    if k and fisher_exact([[k, n - k], [others, held - others]], alternative="greater").pvalue < 0.01:
         out.append(
-            f"{round(near.found.value * n)} of {n} samples, {100 * near.found.value:.3g} %, lie "
-            f"{near.settings['times']:g} times nearer to a training sample than that one to its neighbours (of "
-            f"held-out ones {100 * near.floor.value:.3g} %): they are copies"
+            f"{k} of {n} samples lie {near.settings['times']:g} times nearer to a training sample than that one to its "
+            f"neighbours (of held-out ones {others} of {held}): they are copies"
         )
     if test.found.high < -3:
         out.append(f"samples lie nearer to training samples than held-out data do: C_T = {test.found.value:.1f}")

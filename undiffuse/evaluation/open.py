@@ -66,7 +66,9 @@ def data_of_samples(target: str, layer: Mapping[str, Any], n: int) -> tuple[Data
         )
     source = open_source(target)
     if "data" not in layer:
-        raise InputError(f"to judge the samples in {target}, say which real data they should be like: data=NAME")
+        run = Path("runs") / target
+        hint = f" (for the run of that name give {run})" if run.is_dir() else ""
+        raise InputError(f"to judge the samples in {target}, say which real data they should be like: data=NAME{hint}")
     config = Config.resolve(layer, {"held_out": n} if n and "held_out" not in layer else {})
     data = RunData.of(config)
     with warnings.catch_warnings():  # of what cannot be read, which is refused here

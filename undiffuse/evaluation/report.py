@@ -16,7 +16,7 @@ from undiffuse.evals import Estimate
 from undiffuse.evaluation.compare import FILE
 from undiffuse.evaluation.evaluation import Evaluation
 from undiffuse.evaluation.scores import Score
-from undiffuse.train import commit
+from undiffuse.train import MANIFEST, commit
 from undiffuse.types import InputError
 
 SHOWN = 60
@@ -50,9 +50,10 @@ LIKELIHOODS = ("bound", "bound on training samples", "flow")
 
 
 def rows_of(scores: Mapping[str, Score]) -> list[list[str]]:
-    """A row a score: title, value and floor with their intervals, which way is better or why there is none."""
+    """A row a score: title (and why there is no value), value and floor with their intervals, which way is better."""
     return [
-        [s.title, with_interval(s.found), with_interval(s.floor), s.why or WORDS[s.better]] for s in scores.values()
+        [f"{s.title}\n{s.why}" if s.why else s.title, with_interval(s.found), with_interval(s.floor), WORDS[s.better]]
+        for s in scores.values()
     ]
 
 
@@ -80,8 +81,16 @@ def writable(folder: Path) -> None:
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file: an evaluation needs the name of a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / FILE).is_file():
-        raise InputError(f"{folder} holds other files than an evaluation's: give another folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        try:
+            known = {MANIFEST, *json.loads((folder / MANIFEST).read_text())}
+        except (OSError, ValueError, TypeError):
+            known = set()
+        others = sorted(path.name for path in folder.iterdir() if path.name not in known)
+        if FILE not in known or others:
+            raise InputError(
+                f"{folder} holds other files than an evaluation's, such as {', '.join(others[:3])}: give another folder"
+            )
 
 
 def _pictures(found: Evaluation, folder: Path) -> dict[str, Path]:
@@ -122,14 +131,16 @@ def _figure(pictures: Mapping[str, Path], name: str, alt: str, caption: str, wid
 
 def cards(found: Evaluation) -> list[tuple[str, str]]:
     """The figures to see first."""
-    first = next(iter(found.scores))
-    out = []
+    first, out = next(iter(found.scores)), list[tuple[str, str]]()
     for group, name, text in (
         (found.scores[first], "frechet-unbiased", f"Fréchet distance without bias, on {first}; real samples {{}}"),
+        (found.scores[first], "kernel", f"kernel distance on {first}; real samples {{}}"),
         (found.scores[first], "recall", f"recall on {first}; real samples {{}}"),
         (found.adherence, "class", "read as the class asked for; real samples {}"),
         (found.memory, "near-copies", "near copies of training samples; real samples {}"),
     ):
+        if name == "kernel" and out:
+            continue  # it stands in for an unbiased Fréchet distance
         if name in group and not math.isnan(group[name].found.value):
             out.append((number(group[name].found.value), text.format(number(group[name].floor.value))))
     for name, unit in (("flow", "probability flow"), ("bound", "variational bound")):
@@ -246,5 +257,6 @@ def _flat(value: Mapping[str, Any], where: str = "") -> list[list[str]]:
         if isinstance(inner, Mapping):
             rows += _flat(inner, name)
         else:
-            rows.append([name, f"{inner[:24]}…" if isinstance(inner, str) and len(inner) == 64 else str(inner)])
+            text = str(inner)
+            rows.append([name, f"{text[:24]}…" if len(text) == 64 else text if len(text) < 90 else f"{text[:90]}…"])
     return rows

@@ -81,13 +81,15 @@ def measured(measure: Callable[..., Estimate], *given: Any) -> tuple[Estimate, s
 
 
 def memorisation(x: Tensor, train: Tensor, held_out: Tensor, seed: int) -> dict[str, Score]:
-    """The metrics of copying, on `Pixels`; the floor is one half of the held-out samples, judged by the other."""
+    """The metrics of copying, on `Pixels`; the floor is one half of the held-out samples, judged by the other, or all
+    where only training samples judge."""
     known = {"training samples": hash_of(train)}
     x, train, held_out = (extract(Pixels(), part) for part in (x, train, held_out))
     half, out = len(held_out) // 2, {}
     for name, metric in MEMORY.items():
         found, why = measured(metric.measure, x, train, held_out, seed)
-        floor, _ = measured(metric.measure, held_out[:half], train, held_out[half:], seed)
+        real = (held_out, held_out) if metric.alone else (held_out[:half], held_out[half:])
+        floor, _ = measured(metric.measure, real[0], train, real[1], seed)
         out[name] = Score(found, floor, metric.better, metric.title, {**metric.settings, **known}, why)
     return out
 
