@@ -87,11 +87,11 @@ def test_likelihood_of_the_exact_model(exact):
     bits = -torch.distributions.Normal(0, std).log_prob(held).sum(1) / 4 / torch.log(torch.tensor(2.0))
     found = exact.likelihood
     assert found["unit"] == "bits/dim of the density"
-    assert found["flow"]["value"] == pytest.approx(
-        float(bits.mean()), abs=2e-3
-    )  # the data end at lam 5, not at infinity
+    at_lam_5 = 2e-3  # where the data end, rather than at infinity
+    assert found["flow"]["value"] == pytest.approx(float(bits.mean()), abs=at_lam_5)
     assert found["flow"]["settings"]["probes"] == 0
-    assert found["flow"]["value"] < found["bound"]["value"] < found["flow"]["value"] + 0.1
+    noise = 0.02  # of the bound's draws
+    assert found["flow"]["value"] - noise < found["bound"]["value"] < found["flow"]["value"] + 0.05
     half = 1.96 * float(bits.std()) / 200**0.5
     assert found["flow"]["high"] - found["flow"]["low"] == pytest.approx(2 * half, rel=0.01)
 
