@@ -513,6 +513,9 @@ def test_the_last_quantiles_are_levels_with_noise(name, levels):
     assert level.lam[0] >= level.lam[1]
     loss = Objective(SCHEDULE_CASES[name], levels, X0Weight())(silent(V()), x0, eps, level).loss
     assert loss.isfinite().all()
+    size = torch.hypot(level.alpha, level.sigma)  # a silent v head predicts alpha x at unit size
+    off = level.sigma / size * (level.sigma + level.alpha) / size
+    assert torch.allclose(loss.double(), off**2, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("levels", LEVELS)

@@ -232,10 +232,9 @@ def sample(
     """
     model = Model.load(run)
     layer = parse_overrides(overrides or [])
-    if number is not None:
-        layer.setdefault("sample", {})
-        if layer["sample"].setdefault("n", number) != number:
-            raise InputError(f"-n {number} and sample.n={layer['sample']['n']} differ: give one of them")
+    n = _number(number, layer)
+    if n is not None and isinstance(layer.setdefault("sample", {}), dict):
+        layer["sample"]["n"] = n
     config = bulk_module.configure(model, layer)
     if dry_run:
         return _dry(config, as_json)
@@ -296,6 +295,15 @@ def sample(
     _say(as_json, facts, text + f"{1000 * seconds / use.n:.1f} ms a sample")
 
 
+def _number(number: int | None, layer: dict[str, Any]) -> int | None:
+    """How many samples -n or sample.n asks for; None where neither does."""
+    given = layer.get("sample")
+    asked = given.get("n") if isinstance(given, dict) else None
+    if None not in (number, asked) and number != asked:
+        raise InputError(f"-n {number} and sample.n={asked} differ: give one of them")
+    return asked if number is None else number
+
+
 def _how(config: Config, guided: bool) -> str:
     """What tells a sample's file from those of other settings."""
     values = config.values
@@ -337,7 +345,9 @@ def evaluate(
         str | None, typer.Argument(help="a run folder, its name in runs/, or samples: anything that data= takes")
     ] = None,
     overrides: Overrides = None,
-    number: Annotated[int, typer.Option("-n", help="samples; default: as many as are held out, at most 5,000")] = 0,
+    number: Annotated[
+        int | None, typer.Option("-n", help="samples; default: as many as are held out, at most 5,000")
+    ] = None,
     features: Annotated[
         str,
         typer.Option(
@@ -379,13 +389,9 @@ def evaluate(
     if target is None or not target.strip():
         raise InputError("evaluate needs a run folder or samples, such as `undiffuse evaluate runs/digits`")
     layer = parse_overrides(overrides or [])
-    sampling = layer.get("sample")
-    if asked := sampling.get("n") if isinstance(sampling, dict) else None:
-        if number not in (0, asked):
-            raise InputError(f"-n {number} and sample.n={asked} differ: give one of them")
-        number = asked
+    n = _number(number, layer) or 0
     steps, ws = _numbers(over_steps, "--over-steps", int), _numbers(over_w, "--over-w", float)
-    choices = evaluation.Choices(number, features, steps, ws, likelihood, seed)
+    choices = evaluation.Choices(n, features, steps, ws, likelihood, seed)
     run = find_run(target)
     if run is None:
         if not Path(target).exists() and not re.search(r"://|[*{]", target):
@@ -398,7 +404,7 @@ def evaluate(
         folder = out if out is not None else Path(f"{Path(target.rstrip('/')).stem}-evaluation")
         report.writable(folder)
         processes = Processes.start(device)
-        samples, train, held_out = data_of_samples(target, layer, number)
+        samples, train, held_out = data_of_samples(target, layer, n)
         with _not_kept(), Bars(as_json or not processes.main) as bars:
             found = evaluation.evaluate_samples(
                 samples, train, held_out, choices, processes=processes, progress=_stages(bars)
@@ -417,7 +423,7 @@ def evaluate(
     folder = out if out is not None else run / "evaluations" / f"{name}-{digest(json.dumps(settings))[:6]}"
     report.writable(folder)
     processes = Processes.start(device)
-    train, held_out = data_of_run(model.config, run, number)
+    train, held_out = data_of_run(model.config, run, n)
     model.denoiser.to(processes.device)
     values = config.values["train"]
     with _not_kept(), Bars(as_json or not processes.main) as bars:

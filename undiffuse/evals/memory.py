@@ -26,14 +26,6 @@ def copy_ratio(x: Tensor, train: Tensor, held_out: Tensor) -> float:
     return float(near[0].median() / near[1].median())
 
 
-def _near(x: Tensor, train: Tensor, held_out: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Distances to the nearest of equally many training and held-out rows, and the number of that training row."""
-    n = min(len(train), len(held_out))
-    rows, others = some(train, n, seed), some(held_out, n, seed)
-    seen, index = nearest(x, train[rows])
-    return seen, nearest(x, held_out[others])[0], rows[index]
-
-
 def _ratio(seen: Tensor, unseen: Tensor) -> Tensor:
     return torch.where(seen == unseen, 1.0, seen / unseen)  # a copy of both says nothing
 
@@ -195,6 +187,4 @@ def ct(x: Tensor, train: Tensor, held_out: Tensor, cells: int = 5, fewest: int =
             "give more of them, or fewer cells"
         )
     total = sum(w for w, _ in found)
-    value = sum(w * z for w, z in found) / total
-    half = 1.959963984540054 * math.sqrt(sum(w * w for w, _ in found)) / total
-    return Estimate(value, value - half, value + half)
+    return interval(sum(w * z for w, z in found) / total, math.sqrt(sum(w * w for w, _ in found)) / total)

@@ -271,10 +271,11 @@ class _Scoring:
             asked = {"class": adherence(self.judge, x, labels)} if self.judge else {}
             asked |= clip_scores(self.features, x, held.x, labels, names) if names else {}
         found = {} if self.judge is None else histogram(self.judge, x, names or tuple(map(str, range(classes))))
-        memory = memorisation(x, known.x, held.x, seed)
-        copies = suspects(extract(Pixels(), x), extract(Pixels(), known.x), 10)
+        trained = {"name": known.name, "n": len(known), "sha256": hash_of(known.x)}
+        made, seen, unseen = (extract(Pixels(), part) for part in (x, known.x, held.x))
+        memory, copies = memorisation(made, seen, unseen, str(trained["sha256"]), seed), suspects(made, seen, 10)
         self.progress("scores", 1, 1)
-        sampler = {**sampler, "trained on": {"name": known.name, "n": len(known), "sha256": hash_of(known.x)}}
+        sampler = {**sampler, "trained on": trained}
         warnings += [*_of_copies(memory, len(x), len(held)), *self._of_judge()]
         return Evaluation(
             self._measure(), sampler, scores, asked, memory, found, {}, {}, tuple(warnings), x, copies, known.x

@@ -14,7 +14,7 @@ from torch import Tensor
 from undiffuse.data import Data
 from undiffuse.evals import Estimate, Features, Pretrained, Reader, Reading, extract
 from undiffuse.evals.estimate import mean, share
-from undiffuse.evals.features import Pixels, hash_of
+from undiffuse.evals.features import hash_of
 from undiffuse.evals.metrics import MEMORY, METRICS
 from undiffuse.evals.support import classes
 from undiffuse.train import Processes
@@ -80,17 +80,17 @@ def measured(measure: Callable[..., Estimate], *given: Any) -> tuple[Estimate, s
     return found, "" if math.isfinite(found.low) else "too few samples for an interval"
 
 
-def memorisation(x: Tensor, train: Tensor, held_out: Tensor, seed: int) -> dict[str, Score]:
-    """The metrics of copying, on `Pixels`; the floor is one half of the held-out samples, judged by the other, or all
-    where only training samples judge."""
-    known = {"training samples": hash_of(train)}
-    x, train, held_out = (extract(Pixels(), part) for part in (x, train, held_out))
+def memorisation(x: Tensor, train: Tensor, held_out: Tensor, known: str, seed: int) -> dict[str, Score]:
+    """The metrics of copying between features, of training samples of the hash `known`; the floor is one half of the
+    held-out samples, judged by the other, or all where only training samples judge."""
     half, out = len(held_out) // 2, {}
     for name, metric in MEMORY.items():
         found, why = measured(metric.measure, x, train, held_out, seed)
         real = (held_out, held_out) if metric.alone else (held_out[:half], held_out[half:])
         floor, _ = measured(metric.measure, real[0], train, real[1], seed)
-        out[name] = Score(found, floor, metric.better, metric.title, {**metric.settings, **known}, why)
+        out[name] = Score(
+            found, floor, metric.better, metric.title, {**metric.settings, "training samples": known}, why
+        )
     return out
 
 
