@@ -1,4 +1,4 @@
-"""The average of the weights against the power rule's closed form."""
+"""Averages of the weights against their closed forms: as training goes on, and rebuilt from snapshots."""
 
 import copy
 import math
@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from undiffuse import InputError
-from undiffuse.train import EMA
+from undiffuse.train import EMA, Classic, Power, Processes, Snapshots
+from undiffuse.train.ema import LONGEST, rebuild
+from undiffuse.train.ema import shares as shares_of
 
 
 class Point(nn.Module):
@@ -32,11 +34,12 @@ def shares(n, gamma):
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["double", "single"])
-@pytest.mark.parametrize("gamma", [0.0, 1.0, 6.94, 16.97])
-def test_any_sequence_has_the_closed_form_weights(gamma, dtype, atol):
+@pytest.mark.parametrize("length", [0.01, 0.05, 0.10, 0.2, LONGEST])
+def test_any_sequence_has_the_closed_form_weights(length, dtype, atol):
+    gamma = Power(length).gamma
     n, g, module = 60, torch.Generator().manual_seed(0), Point(dtype)
     a, b = torch.randn(n, 3, generator=g).double(), torch.randn(n, 2, 2, generator=g).double()
-    ema = EMA(module, gamma)
+    ema = EMA(module, Power(length))
     for t in range(1, n + 1):
         module.put(a[t - 1], b[t - 1])
         ema.update(t)
@@ -46,18 +49,48 @@ def test_any_sequence_has_the_closed_form_weights(gamma, dtype, atol):
                 assert torch.allclose(mine.double(), expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 6.94])
-def test_the_closed_form_weights_are_the_product_of_the_betas(gamma):
-    ema, n = EMA(Point(), gamma), 25
-    product = [(1 - ema.beta(i)) * math.prod(ema.beta(j) for j in range(i + 1, n + 1)) for i in range(1, n + 1)]
-    assert torch.allclose(torch.tensor(product).double(), shares(n, gamma), atol=1e-14)
-    assert ema.beta(1) == 0
+def product(profile, n):
+    """The weight of each of n steps from the betas alone."""
+    each = [(1 - profile.beta(i)) * math.prod(profile.beta(j) for j in range(i + 1, n + 1)) for i in range(1, n + 1)]
+    return torch.tensor(each, dtype=torch.float64)
 
 
-def test_a_linear_ramp_lags_by_a_constant_share_and_gamma_6_94_is_a_width_of_ten_percent():
-    """Time under the average has mean (gamma + 1) / (gamma + 2) and std 0.1 of the run (Karras et al. 2024, 3.1)."""
-    n, gamma, module = 4000, 6.94, Point()
-    ema = EMA(module, gamma)
+@pytest.mark.parametrize("length", [0.03, 0.10, LONGEST])
+def test_the_closed_form_weights_are_the_product_of_the_betas(length):
+    power, n = Power(length), 25
+    assert torch.allclose(product(power, n), shares(n, power.gamma), rtol=0, atol=1e-14)
+    assert torch.allclose(torch.from_numpy(shares_of(n, length, n)), shares(n, power.gamma), rtol=0, atol=1e-14)
+    assert shares_of(10, length, n)[10:].tolist() == [0] * 15
+    assert power.beta(1) == 0
+
+
+def test_the_classic_average_is_exponential_after_its_warm_up():
+    """Once t / (t + 9) has reached the decay, at t = 9 decay / (1 - decay), a step's weight falls by it each step."""
+    decay, n = 0.9, 200
+    weights, warm = product(Classic(decay), n), 81
+    assert weights.sum() == pytest.approx(1, abs=1e-12)
+    expected = (1 - decay) * decay ** torch.arange(n - warm - 1, -1, -1).double()
+    assert torch.allclose(weights[warm:], expected, rtol=1e-12)
+    module = Point()
+    ema, path = EMA(module, Classic(decay)), torch.randn(n, 3).double()
+    for t, value in enumerate(path, 1):
+        module.put(value, value[0])
+        ema.update(t)
+    assert torch.allclose(ema.average.a, weights @ path, atol=1e-13)
+
+
+@pytest.mark.parametrize("length", [0.02, 0.05, 0.13, 0.25])
+def test_a_length_is_the_std_of_time_under_the_average(length):
+    n = 20_000
+    weights, time = shares_of(n, length, n), (torch.arange(n, dtype=torch.float64).numpy() + 0.5) / n
+    mean = weights @ time
+    assert math.sqrt(weights @ (time - mean) ** 2) == pytest.approx(length, rel=1e-4)
+
+
+def test_a_linear_ramp_lags_by_a_constant_share_of_the_run():
+    """Time under the average has mean (gamma + 1) / (gamma + 2) and std `length` of the run (Karras et al. 2024)."""
+    n, gamma, module = 4000, Power(0.10).gamma, Point()
+    ema = EMA(module)
     for t in range(1, n + 1):
         share = torch.tensor(t / n, dtype=torch.float64)
         module.put(share, share**2)
@@ -69,9 +102,9 @@ def test_a_linear_ramp_lags_by_a_constant_share_and_gamma_6_94_is_a_width_of_ten
     assert math.sqrt(second - mean**2) == pytest.approx(0.1, abs=5e-4)
 
 
-def test_gamma_zero_is_the_plain_average():
+def test_the_longest_is_the_plain_average():
     module, path = Point(), torch.randn(30, 3).double()
-    ema = EMA(module, 0)
+    ema = EMA(module, Power(LONGEST))
     for t, value in enumerate(path, 1):
         module.put(value, value[0])
         ema.update(t)
@@ -126,10 +159,107 @@ def test_the_average_is_for_sampling():
     assert {p.data_ptr() for p in ema.average.parameters()}.isdisjoint(p.data_ptr() for p in module.parameters())
 
 
-def test_tied_weights_stay_tied_and_negative_gamma_is_refused():
+def test_tied_weights_stay_tied():
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     module[1].weight = module[0].weight
     average = EMA(module).average
     assert average[0].weight is average[1].weight
-    with pytest.raises(InputError, match="gamma"):
-        EMA(module, -0.1)
+
+
+@pytest.mark.parametrize("length", [0, -0.1, 0.3, math.nan])
+def test_impossible_lengths_and_decays_are_refused(length):
+    with pytest.raises(InputError, match=r"ema\.length"):
+        Power(length)
+
+
+@pytest.mark.parametrize("decay", [1, -0.1, math.nan])
+def test_impossible_decays_are_refused(decay):
+    with pytest.raises(InputError, match=r"ema\.decay"):
+        Classic(decay)
+
+
+def test_what_is_no_profile_is_refused():
+    with pytest.raises(InputError, match=r"profiles such as Power\(0.1\).*got 6.94"):
+        EMA(Point(), 6.94)
+
+
+def walk(tmp_path, count, n=2000, stop=None):
+    """A network on its way, noisy and drifting as in training, with snapshots, and the direct averages of some
+    lengths."""
+    g, module = torch.Generator().manual_seed(0), nn.Sequential(nn.Linear(20, 20), nn.BatchNorm1d(20))
+    lengths = (0.05, 0.10, 0.07, 0.03, 0.13, 0.2)
+    ema, kept = EMA(module, *map(Power, lengths)), Snapshots(tmp_path / "averages", count)
+    tracked = EMA(module, *map(Power, lengths[:2]))
+    aim = [torch.randn(p.shape, generator=g) for p in module.parameters()]
+    for t in range(1, n + 1):
+        with torch.no_grad():
+            for p, to in zip(module.parameters(), aim, strict=True):
+                p += 0.005 * (to - p) + 0.01 * torch.randn(p.shape, generator=g)
+            module[1].running_mean.fill_(t)
+        ema.update(t)
+        tracked.update(t)
+        if kept.due(t, n):
+            kept.save(t, tracked, Processes())
+    return kept, dict(zip(lengths, ema.averages, strict=True)), module
+
+
+def off(state, average):
+    """The relative distance of parameters in the 2-norm."""
+    pairs = [(state[name], value) for name, value in average.named_parameters()]
+    mine, direct = (torch.cat([pair[i].detach().flatten() for pair in pairs]) for i in (0, 1))
+    return float((mine - direct).norm() / direct.norm())
+
+
+def test_a_rebuilt_average_is_the_direct_one_to_1e_minus_5(tmp_path):
+    """Of any length, from 128 snapshots; the tracked lengths themselves are in the last one."""
+    kept, direct, module = walk(tmp_path, 128)
+    for length, average in direct.items():
+        state, fit = kept.average(length)
+        assert off(state, average) < (1e-6 if length in (0.05, 0.10) else 1e-5), (length, fit.error)
+        assert off(module.state_dict(), average) > 1e-2  # the averages are no copies of the weights
+        assert torch.equal(state["1.running_mean"], module[1].running_mean)
+        average.load_state_dict(state)
+
+
+def test_the_error_is_that_of_the_steps_weights_and_falls_with_more_snapshots(tmp_path):
+    """By brute force: one trained parameter a step, a one at that step alone, reads off the weights themselves."""
+    n, found = 200, {}
+    for count in (4, 16):
+        module = nn.Linear(n, 1, bias=False)
+        ema, kept = EMA(module, Power(0.05), Power(0.10)), Snapshots(tmp_path / str(count), count)
+        for t in range(1, n + 1):
+            module.weight.data = torch.eye(n)[t - 1 : t].clone()
+            ema.update(t)
+            if kept.due(t, n):
+                kept.save(t, ema, Processes())
+        state, fit = kept.average(0.07)
+        wanted = torch.from_numpy(shares_of(n, 0.07, n))
+        assert float((state["weight"][0] - wanted).norm() / wanted.norm()) == pytest.approx(fit.error, rel=1e-3)
+        found[count] = fit.error
+    assert found[16] < found[4] / 4
+    with pytest.raises(InputError, match=r"16 snapshots of lengths 0\.05, 0\.1 .* 0\.005: the nearest differs by"):
+        kept.average(0.005)
+
+
+def test_constant_weights_are_rebuilt_exactly_however_few_the_snapshots():
+    for length in (0.001, 0.02, 0.28):
+        assert rebuild([(50, 0.05), (50, 0.10), (100, 0.05), (100, 0.10)], 100, length).coefficients.sum() == 1
+
+
+def test_snapshots_are_due_as_often_as_asked_and_at_the_end():
+    for count, steps in ((1, 7), (3, 10), (16, 1500), (50, 20)):
+        due = [t for t in range(1, steps + 1) if Snapshots("x", count).due(t, steps)]
+        assert len(due) == min(count, steps)
+        assert due[-1] == steps
+        assert max(b - a for a, b in zip([0, *due], due, strict=False)) <= -(-steps // count)
+
+
+def test_snapshots_that_are_missing_or_damaged_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"no snapshots .* train\.snapshots=16"):
+        Snapshots(tmp_path).average(0.1)
+    with pytest.raises(InputError, match="snapshots must be >= 1"):
+        Snapshots(tmp_path, 0)
+    kept, *_ = walk(tmp_path, 2, 40)
+    (kept.root / "step-20" / "0.05.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"0\.05\.safetensors is truncated"):
+        kept.average(0.07)

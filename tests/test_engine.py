@@ -77,9 +77,9 @@ def test_the_networks_time_embedding_is_computed_in_float32_in_reduced_precision
     """Two levels that bf16 cannot tell apart (their times differ by 2^-10) give different embeddings."""
     model = small()
     with torch.autocast("cpu", torch.bfloat16):
-        a, b = (model.net.time(torch.tensor([t])) for t in (1.0, 1.0 + 2.0**-10))
+        a, b = (model.net.embed.time(torch.tensor([t])) for t in (1.0, 1.0 + 2.0**-10))
     assert a.dtype == torch.float32
-    exact = model.net.time(torch.tensor([1.0]))
+    exact = model.net.embed.time(torch.tensor([1.0]))
     assert torch.equal(a, exact)
     assert not torch.equal(a, b)
 

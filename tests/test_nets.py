@@ -304,8 +304,8 @@ def test_conditions_add_in_the_embedding():
         )[0]
         for c in ([0.0, 0, 0], [1.0, 0, 0], [0, 0, 1.0], [1.0, 0, 1.0])
     )
-    raw = net.time(t)
-    parts = net.cond.weight[:, 0], net.cond.weight[:, 2]
+    raw = net.embed.time(t)
+    parts = net.embed.vector.weight[:, 0], net.embed.vector.weight[:, 2]
     for seen, expected in ((none, raw), (a, raw + parts[0]), (b, raw + parts[1]), (both, raw + parts[0] + parts[1])):
         assert torch.allclose(seen, F.silu(expected), atol=1e-6)
 
@@ -326,7 +326,9 @@ def test_gradient_reaches_every_parameter_and_the_input(dims):
     out = net(x.requires_grad_(), t, Label(3)([0, 1]))
     out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)))
     live = {name: p.grad is not None and float(p.grad.abs().max()) > 1e-7 for name, p in net.named_parameters()}
-    live["cond.weight"] &= not net.cond.weight.grad[:, 2].any() and bool(net.cond.weight.grad[:, :2].all(1).any())
+    live["embed.vector.weight"] &= not net.embed.vector.weight.grad[:, 2].any() and bool(
+        net.embed.vector.weight.grad[:, :2].all(1).any()
+    )
     assert [name for name, alive in live.items() if not alive] == []
     assert x.grad.ne(0).all()
 

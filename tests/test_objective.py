@@ -29,7 +29,8 @@ from undiffuse import (
 )
 from undiffuse.level import from_x0
 from undiffuse.precond import target
-from undiffuse.train import LEVELS, WEIGHTS, LevelBins, Objective
+from undiffuse.train import DRAWS, LEVELS, WEIGHTS, LevelBins, Objective
+from undiffuse.train.draws import Independent, Stratified
 from undiffuse.train.objective import (
     EDMWeight,
     FlowWeight,
@@ -121,7 +122,7 @@ def test_the_whole_objective_of_a_silent_network_is_its_integral_over_lam(name, 
     head, b = EDMPrecond(SD) if name == "edm" else HEADS[name](), 4096
     objective = Objective(VP(), UniformInLam(-3.0, 2.5), WEIGHTS[weight](), SD)
     x0, eps = (part.T.expand(b, 4) for part in (MEAN + SD * SIGNS[:, :1], SIGNS[:, 1:]))
-    got = objective(silent(head), x0, eps, objective.draw(b)).loss.mean()
+    got = objective(silent(head), x0, eps, objective.draw(b).level).loss.mean()
 
     def integrand(lam):
         lam = torch.tensor(lam, dtype=torch.float64)
@@ -436,8 +437,8 @@ def test_drawn_levels_have_the_stated_distribution(name, levels):
     compared at its indices, where its CDF is exact."""
     schedule, levels = SCHEDULE_CASES[name], OTHERS[levels]
     table = isinstance(schedule, Discrete) and isinstance(levels, UniformTime | LogitNormal | Mode)
-    plain, parts = (Objective(schedule, levels, stratified=s) for s in (False, True))
-    for level in (plain.draw(3000), parts.draw(3000)):
+    plain, parts = (Objective(schedule, levels, draws=DRAWS[kind]()) for kind in ("independent", "stratified"))
+    for level in (plain.draw(3000).level, parts.draw(3000).level):
         if table:
             t = torch.arange(1, schedule.T + 1).double() / schedule.T
             index = (schedule.time(level.lam) * schedule.T).round()
@@ -451,7 +452,7 @@ def test_drawn_levels_have_the_stated_distribution(name, levels):
 def test_another_distribution_is_told_apart():
     """What the test above would say of a mean that is off by 0.2, or of a bound by a twentieth of the range."""
     for told, drawn in ((LogitNormal(0.2), LogitNormal()), (UniformInLam(-1.0, 1.1), UniformInLam(-1.0, 1.0))):
-        u = uniform(Objective(Flow(), told), Objective(Flow(), drawn, stratified=False).draw(3000).lam)
+        u = uniform(Objective(Flow(), told), Objective(Flow(), drawn, draws=Independent()).draw(3000).level.lam)
         assert scipy.stats.kstest(u.numpy(), "uniform").pvalue < 0.01
 
 
@@ -531,9 +532,9 @@ def test_strata_divide_the_variance_of_a_mean_by_the_square_of_their_number(leve
     values = f(levels(fine, Cosine()))
     law = float((values.diff() * 200_000).square().mean() / values.var() / 12 / b**2)
     means = []
-    for stratified in (True, False):
-        objective = Objective(Cosine(), levels, stratified=stratified)
-        means.append(torch.stack([f(objective.draw(b, 3, step)).mean() for step in range(1, steps + 1)]))
+    for draws in (Stratified(), Independent()):
+        objective = Objective(Cosine(), levels, draws=draws)
+        means.append(torch.stack([f(objective.draw(b, 3, step).level).mean() for step in range(1, steps + 1)]))
     less, more = (float(m.var()) for m in means)
     assert more == pytest.approx(float(values.var()) / b, rel=0.12)
     assert less / more == pytest.approx(law, rel=0.15)
@@ -553,14 +554,14 @@ def distance(u):
 @pytest.mark.parametrize("space", SPACES)
 def test_stratified_levels_are_one_a_slice_in_random_order_with_the_same_marginal(space, levels):
     b = 16
-    parts, plain = (Objective(SPACES[space], LEVELS[levels](), stratified=s) for s in (True, False))
-    u = uniform(parts, torch.stack([parts.draw(b, 0, step).lam for step in range(1, 401)]))
+    parts, plain = (Objective(SPACES[space], LEVELS[levels](), draws=d) for d in (Stratified(), Independent()))
+    u = uniform(parts, torch.stack([parts.draw(b, 0, step).level.lam for step in range(1, 401)]))
     slices = (u * b - 1e-9).ceil() - 1
     assert torch.equal(slices.sort(1).values, torch.arange(b).double().expand(400, b))
     assert not torch.equal(slices[0], slices[1])
     assert distance(u[:, 0]) < 1.63
     assert distance((u * b).frac().flatten()) < 1.63
-    assert distance(uniform(plain, plain.draw(4000).lam)) < 1.63
+    assert distance(uniform(plain, plain.draw(4000).level.lam)) < 1.63
 
 
 @pytest.mark.parametrize("levels", LEVELS)
@@ -568,21 +569,21 @@ def test_stratified_levels_lower_the_variance_of_the_loss(levels):
     """Every row has the moments of the data exactly, so that the levels alone make the batch's loss vary."""
     x0, eps = (part.T for part in (MEAN + SD * SIGNS[:, :1], SIGNS[:, 1:]))
 
-    def losses(stratified):
-        objective = Objective(VP(), LEVELS[levels](), sigma_data=SD, stratified=stratified)
+    def losses(draws):
+        objective = Objective(VP(), LEVELS[levels](), sigma_data=SD, draws=draws)
         batch = x0.expand(32, 4), eps.expand(32, 4)
-        draws = [objective.draw(32, 0, step) for step in range(1, 301)]
-        return torch.stack([objective(silent(V()), *batch, level).loss.mean() for level in draws])
+        drawn = [objective.draw(32, 0, step).level for step in range(1, 301)]
+        return torch.stack([objective(silent(V()), *batch, level).loss.mean() for level in drawn])
 
-    less, more = losses(True), losses(False)
+    less, more = losses(Stratified()), losses(Independent())
     assert less.var() < 0.1 * more.var()
     assert float(less.mean()) == pytest.approx(float(more.mean()), abs=4 * float(more.std()) / math.sqrt(300))
 
 
-@pytest.mark.parametrize("stratified", [True, False])
-def test_draws_are_a_function_of_seed_and_step(stratified):
-    objective = Objective(VP(), stratified=stratified)
-    draws = [objective.draw(8, *at).lam for at in ((1, 1), (1, 1), (2, 1), (1, 2))]
+@pytest.mark.parametrize("kind", DRAWS)
+def test_draws_are_a_function_of_seed_and_step(kind):
+    objective = Objective(VP(), draws=DRAWS[kind]())
+    draws = [objective.draw(8, *at).level.lam for at in ((1, 1), (1, 1), (2, 1), (1, 2))]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0], draws[3])
@@ -590,8 +591,9 @@ def test_draws_are_a_function_of_seed_and_step(stratified):
 
 def test_draws_without_strata_are_those_of_the_global_index():
     """Two steps of 4 draw what one step of 8 does: a run's levels do not depend on how it is cut into batches."""
-    objective = Objective(VP(), stratified=False)
-    assert torch.equal(torch.cat([objective.draw(4, 7, step).lam for step in (1, 2)]), objective.draw(8, 7).lam)
+    objective = Objective(VP(), draws=Independent())
+    parts = [objective.draw(4, 7, step).level.lam for step in (1, 2)]
+    assert torch.equal(torch.cat(parts), objective.draw(8, 7).level.lam)
 
 
 @pytest.mark.parametrize("levels", LEVELS)
@@ -610,7 +612,7 @@ def test_uniform_time_on_a_table_hits_every_index_equally_often():
     table, draws = Discrete.linear(50), 7
     u = (torch.arange(50 * draws, dtype=torch.float64) + 0.5) / (50 * draws)
     lams = torch.stack([table.index(i).lam for i in range(50)])
-    hits = torch.cat([UniformTime()(u, table).lam, Objective(table, UniformTime()).draw(50).lam])
+    hits = torch.cat([UniformTime()(u, table).lam, Objective(table, UniformTime()).draw(50).level.lam])
     index = (hits[:, None] - lams).abs().argmin(1)
     assert torch.equal(hits, lams[index])
     assert torch.bincount(index[: len(u)]).tolist() == [draws] * 50

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
 
 from undiffuse import (
     VP,
@@ -38,7 +39,20 @@ from undiffuse.fit import fit
 from undiffuse.model import Model
 from undiffuse.nets import UNet
 from undiffuse.rundata import RunData
-from undiffuse.train import EMA, Checkpoints, Lock, NonFinite, Objective, Plan, commit, train, verify
+from undiffuse.train import (
+    EMA,
+    Checkpoints,
+    Classic,
+    Lock,
+    NonFinite,
+    Objective,
+    Plan,
+    Power,
+    Snapshots,
+    commit,
+    train,
+    verify,
+)
 from undiffuse.train.objective import LogNormal
 from undiffuse.watch import loss_by_level
 
@@ -165,10 +179,10 @@ def test_eight_points_are_learned_by_heart():
 
 
 def test_the_average_in_the_loop_is_the_power_rule_over_its_own_weights():
-    model, states = simple(replace(PLAN, lr=0.1, warmup=0), ema=(ema := EMA(Denoiser(Net(), V()), 3.0)))
+    model, states = simple(replace(PLAN, lr=0.1, warmup=0), ema=(ema := EMA(Denoiser(Net(), V()), Power(0.15))))
     ema.module = model
     path = torch.stack([model.net.a.detach().clone() for _ in states]).double()
-    share = (torch.arange(10).double() / 9).pow(4).diff()
+    share = (torch.arange(10).double() / 9).pow(Power(0.15).gamma + 1).diff()
     assert torch.allclose(ema.average.net.a.double(), share @ path, atol=1e-6)
     assert (path.diff(dim=0).abs().amax(1)[:-1] > 0).all()
 
@@ -324,7 +338,7 @@ def test_tied_weights_are_saved(tmp_path):
 def test_impossible_runs_are_refused_before_they_start(tmp_path):
     for values in (
         *({"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"lr": math.nan}, {"warmup": -1}, {"decay": 1.1}, {"clip": 0.0}),
-        *({"weight_decay": -1.0}, {"ema_gamma": -1.0}, {"cond_dropout": 1.5}, {"every": -1}),
+        *({"weight_decay": -1.0}, {"snapshots": -1}, {"cond_dropout": 1.5}, {"every": -1}),
     ):
         with pytest.raises(InputError, match=next(iter(values))):
             Plan(**values)
@@ -389,7 +403,7 @@ def at(finished, out, *layers):
 
 def same_run(a, b):
     """Two run folders that may differ in their `out` alone."""
-    for part in (f"model/ema-{Plan().ema_gamma}.safetensors", "model/spectrum.safetensors", "metrics.jsonl"):
+    for part in ("model/ema-power-0.1.safetensors", "model/spectrum.safetensors", "metrics.jsonl"):
         assert (a / part).read_bytes() == (b / part).read_bytes()
     assert tree(a / "checkpoints") == tree(b / "checkpoints")
 
@@ -828,3 +842,78 @@ def test_loss_by_level_of_the_best_linear_denoiser_is_the_linear_loss(finished):
         assert row["mse"] == pytest.approx(row["linear"], rel=0.06)
     again = loss_by_level(model, Data(x), lams, batch=7)
     assert [r["mse"] for r in again] == pytest.approx([r["mse"] for r in rows], rel=1e-6)
+
+
+def averaged(folder, stop=None):
+    """A short run with two more averages and snapshots, in `folder`."""
+    torch.manual_seed(0)
+    model = unet()
+    ema = EMA(model, Classic(0.5), Power(0.05), Power(0.10))
+    kept, saved = Snapshots(folder / "averages", 3), Checkpoints(folder / "steps")
+    for state in train(
+        model, POINTS, Objective(VP()), PLAN, cond=LABELS, seed=5, ema=ema, snapshots=kept, checkpoints=saved
+    ):
+        if state.step == stop:
+            break
+    return ema, kept
+
+
+def test_snapshots_and_all_averages_of_a_run_go_on_bit_for_bit(tmp_path):
+    ema, kept = averaged(tmp_path / "a")
+    for stop in (4, None):
+        again, _ = averaged(tmp_path / "b", stop)
+    for mine, other in zip(ema.averages, again.averages, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), other.parameters(), strict=True))
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert kept.steps() == [3, 6, 9]
+    state, fit = kept.average(0.10)
+    assert fit.error < 1e-12
+    assert all(torch.allclose(state[k], v, atol=1e-6) for k, v in ema.averages[2].named_parameters())
+    assert not all(torch.allclose(state[k], v, atol=1e-4) for k, v in ema.average.named_parameters())
+
+
+def test_a_scheduler_of_torch_takes_the_place_of_the_plans_rate(tmp_path):
+    def go(folder, stop=None):
+        rates, model = [], Denoiser(Net(), V())
+        for state in train(
+            model, POINTS[..., :3], Objective(VP()), PLAN, scheduler=lambda o: OneCycleLR(o, 0.3, total_steps=20),
+            seed=5, checkpoints=Checkpoints(folder),
+        ):  # fmt: skip
+            rates.append(state.lr)
+            if state.step == stop:
+                break
+        return rates, model
+
+    optimiser = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    expected, cycle = [], OneCycleLR(optimiser, 0.3, total_steps=20)
+    for _ in range(PLAN.steps):
+        expected.append(cycle.get_last_lr()[0])
+        optimiser.step()
+        cycle.step()
+    rates, model = go(tmp_path / "a")
+    assert rates == expected
+    first, _ = go(tmp_path / "b", 4)
+    rest, again = go(tmp_path / "b")
+    assert first[: PLAN.steps - len(rest)] + rest == expected
+    assert torch.equal(model.net.a, again.net.a)
+
+
+def test_an_average_of_another_length_is_rebuilt_from_a_run(tmp_path):
+    data, load = str(write_data(tmp_path)), Model.load
+    layer = {**SETTINGS, "data": data, "train": {**SETTINGS["train"], "steps": 40, "lr": 0.01}}
+    for name, more in (("direct", {"ema": {"length": 0.07}}), ("kept", {"train": {"snapshots": 20}})):
+        settings = {**layer, **more, "out": str(tmp_path / name)}
+        settings["train"] = {**layer["train"], **more.get("train", {})}
+        fit(Config.resolve(settings))
+    direct, rebuilt, other = (load(tmp_path / n, e) for n, e in (("direct", None), ("kept", 0.07), ("kept", None)))
+
+    def off(model):
+        pairs = zip(model.denoiser.parameters(), direct.denoiser.parameters(), strict=True)
+        return sum(float((a - b).square().sum()) for a, b in pairs) ** 0.5
+
+    assert off(rebuilt) < 0.02 * off(other)
+    assert (rebuilt.average, other.average) == ("power, length 0.07, rebuilt", "power, length 0.1")
+    with pytest.raises(InputError, match=r"no snapshots .* train\.snapshots=16"):
+        load(tmp_path / "direct", 0.07)
+    with pytest.raises(InputError, match=r"ema\.length must be in"):
+        load(tmp_path / "kept", 0.5)

@@ -36,10 +36,10 @@ from undiffuse.config import DEFAULTS, KINDS, Config, fields, parse_overrides
 from undiffuse.data.source import digest
 from undiffuse.denoise import Counter
 from undiffuse.evaluation import report
-from undiffuse.evaluation.open import data_of_run, data_of_samples, find_run
+from undiffuse.evaluation.open import data_of_run, data_of_samples
 from undiffuse.fit import fit
 from undiffuse.guide import CFG
-from undiffuse.model import Model
+from undiffuse.model import SHIPPED, Model, find_run, shipped
 from undiffuse.tableau import Tableau
 from undiffuse.train import Lost, NonFinite, Preempted, Processes, Signals, TrainState
 from undiffuse.types import InputError
@@ -50,6 +50,10 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Train, sample and inspect diffusion models. Settings are key=value words, e.g. net.width=96 solver=ddim.",
 )
+AverageOf = Annotated[
+    float | None,
+    typer.Option("--ema", help="the average of the weights of this length, 0 to 0.2887; needs train.snapshots"),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings as key=value; see `undiffuse info config`")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved configuration and stop")]
@@ -205,14 +209,16 @@ def train(
 
 @app.command()
 def sample(
-    run: Annotated[str, typer.Argument(help="a run folder")],
+    run: Annotated[str, typer.Argument(help="a run folder, its name in runs/, or digits, fashion or mnist, built in")],
     overrides: Overrides = None,
     label: Annotated[
-        str | None, typer.Option(help="a class: its name or number; several with commas; `each`: all")
+        str | None,
+        typer.Option("--label", "--class", help="a class: its name or number; several with commas; `each`: all"),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="a .png (images) or .npy file, or a folder for shards; default RUN/samples/")
     ] = None,
+    ema: AverageOf = None,
     number: Annotated[int | None, typer.Option("-n", help="how many; the same as sample.n")] = None,
     shard: Annotated[int, typer.Option(help="samples per shard of a folder")] = 1000,
     form: Annotated[str, typer.Option("--format", help="shards of a folder: safetensors, or png (a .tar each)")] = (
@@ -225,12 +231,13 @@ def sample(
     as_json: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Sample from a finished run, e.g. `undiffuse sample runs/digits --label each solver=ddim sample.steps=10`.
+    """Sample from a finished run, e.g. `undiffuse sample runs/digits --label each solver=ddim sample.steps=10`, or from
+    a model that comes along: `undiffuse sample fashion --class sandal -n 16`.
 
     Into a folder, as shards: `undiffuse sample runs/digits -n 50000 --label each --out shards/`. The same command goes
     on where it was stopped; torchrun, accelerate or --ray spread it, and the files are the same however it is done.
     """
-    model = Model.load(run)
+    model = Model.load(run, ema)
     layer = parse_overrides(overrides or [])
     n = _number(number, layer)
     if n is not None and isinstance(layer.setdefault("sample", {}), dict):
@@ -251,7 +258,8 @@ def sample(
     cycle = model.cycle(label)
     labels = torch.tensor(cycle)[torch.arange(use.n) % len(cycle)] if cycle else None
     words = "any" if label is None else re.sub(r"[^\w-]+", "_", label)
-    out = out or Path(run) / "samples" / f"seed{use.seed}-{words}-{_how(config, bool(cycle))}.png"
+    name = f"seed{use.seed}-{words}-{_how(config, bool(cycle))}" + ("" if ema is None else f"-ema{ema:g}")
+    out = out or _own_folder(run, "samples") / f"{name}.png"
     if len(model.shape) != 3 and out.suffix == ".png":
         out = out.with_suffix(".npy")
     if out.suffix not in (".png", ".npy"):
@@ -293,6 +301,13 @@ def sample(
     }
     text = f"{out}: {use.n} samples, {facts['nfe']} evaluations, {facts['rows_per_sample']:g} network rows a sample, "
     _say(as_json, facts, text + f"{1000 * seconds / use.n:.1f} ms a sample")
+
+
+def _own_folder(run: str | Path, what: str) -> Path:
+    """Where a run's files go unless it is said; what comes with the package is not written to."""
+    found = find_run(run)
+    assert found is not None  # the model was loaded from it
+    return Path(what) / found.name if found.parent == SHIPPED else found / what
 
 
 def _number(number: int | None, layer: dict[str, Any]) -> int | None:
@@ -345,6 +360,7 @@ def evaluate(
         str | None, typer.Argument(help="a run folder, its name in runs/, or samples: anything that data= takes")
     ] = None,
     overrides: Overrides = None,
+    ema: AverageOf = None,
     number: Annotated[
         int | None, typer.Option("-n", help="samples; default: as many as are held out, at most 5,000")
     ] = None,
@@ -399,8 +415,8 @@ def evaluate(
                 f"{target!r} is neither a run folder, nor the name of one in runs/, nor samples: train one with "
                 f"`undiffuse train out=runs/{Path(target).name or 'NAME'}`"
             )
-        if plan is not None or dry_run:
-            raise InputError("--plan and --dry-run are for runs: these samples are made by now")
+        if plan is not None or dry_run or ema is not None:
+            raise InputError("--plan, --ema and --dry-run are for runs: these samples are made by now")
         folder = out if out is not None else Path(f"{Path(target.rstrip('/')).stem}-evaluation")
         report.writable(folder)
         processes = Processes.start(device)
@@ -413,14 +429,14 @@ def evaluate(
         if processes.main:
             _evaluated(found, folder, as_json)
         return
-    model = Model.load(run)
+    model = Model.load(run, ema)
     config = bulk_module.configure(model, layer)
     if dry_run:
         return _dry(config, as_json)
     table = None if plan is None else Tableau.load(plan)
     name = plan.stem if plan is not None else _how(config, bool(model.classes))
-    settings = [*(config.values[key] for key in bulk_module.SETTINGS), asdict(choices), str(plan)]
-    folder = out if out is not None else run / "evaluations" / f"{name}-{digest(json.dumps(settings))[:6]}"
+    settings = [*(config.values[key] for key in bulk_module.SETTINGS), asdict(choices), str(plan), ema]
+    folder = out if out is not None else _own_folder(run, "evaluations") / f"{name}-{digest(json.dumps(settings))[:6]}"
     report.writable(folder)
     processes = Processes.start(device)
     train, held_out = data_of_run(model.config, run, n)
@@ -429,7 +445,7 @@ def evaluate(
     with _not_kept(), Bars(as_json or not processes.main) as bars:
         found = evaluation.evaluate(
             model.using(config), train, held_out, choices, plan=table, processes=processes, progress=_stages(bars),
-            weights=f"average of gamma {values['ema_gamma']:g} after {values['steps']:,} steps", run=str(run),
+            weights=f"average ({model.average}) after {values['steps']:,} steps", run=str(run),
         )  # fmt: skip
     processes.end()
     if processes.main:
@@ -525,6 +541,7 @@ def info(
         for name, kind in KINDS["solver"].items()
     }
     others = {family: sorted(kinds) for family, kinds in KINDS.items() if family != "solver"}
+    others["models"] = list(shipped())
     if as_json:
         print(json.dumps({"version": undiffuse.__version__, "torch": torch.__version__, "solver": solvers, **others}))
         return

@@ -24,7 +24,19 @@ from undiffuse.nets import NETS
 from undiffuse.precond import HEADS
 from undiffuse.schedule import SCHEDULES
 from undiffuse.solvers import SOLVERS
-from undiffuse.train import LEVELS, TRACKERS, WEIGHTS, Engine, Plan
+from undiffuse.train import (
+    AUGMENTS,
+    COUPLINGS,
+    DRAWS,
+    LEVELS,
+    OPTIMISERS,
+    PROFILES,
+    TRACKERS,
+    VARIANCES,
+    WEIGHTS,
+    Engine,
+    Plan,
+)
 from undiffuse.types import InputError
 
 KINDS: dict[str, dict[str, Callable[..., Any]]] = {
@@ -32,7 +44,13 @@ KINDS: dict[str, dict[str, Callable[..., Any]]] = {
     "head": HEADS,
     "net": NETS,
     "levels": LEVELS,
+    "draws": DRAWS,
     "weight": WEIGHTS,
+    "variance": VARIANCES,
+    "coupling": COUPLINGS,
+    "augment": AUGMENTS,
+    "optimiser": OPTIMISERS,
+    "ema": PROFILES,
     "solver": SOLVERS,
     "grid": GRIDS,
     "guidance": GUIDES,
@@ -142,7 +160,13 @@ DEFAULTS: dict[str, Any] = {
     "head": {"kind": "edm"},
     "net": {"kind": "unet", "width": 64, "mults": [1], "patch": 2},
     "levels": {"kind": "log-normal"},
+    "draws": {"kind": "stratified"},
     "weight": {"kind": "edm"},
+    "variance": {"kind": "fixed"},
+    "coupling": {"kind": "independent"},
+    "augment": {"kind": "none"},
+    "optimiser": {"kind": "adamw"},
+    "ema": {"kind": "power"},
     "train": {},
     "engine": {},
     "eval": {},
@@ -159,7 +183,7 @@ SECTIONS: dict[str, Callable[..., Any]] = {
     "sample": SampleConfig,
 }
 SHORT = {**dict.fromkeys(KINDS, "kind"), "data": "name"}  # what `key=WORD` means for these
-FROM_DATA = {"channels", "dims", "vector", "learned_variance"}  # of networks: set by the data or by the objective
+FROM_DATA = {"channels", "dims", "vector", "augment", "learned_variance"}  # of networks: set by data or objective
 
 
 def _simple(annotation: Any) -> bool:

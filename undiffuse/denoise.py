@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from undiffuse.level import Level, reverse_bounds, reverse_transition
+from undiffuse.level import Level, interpolated, reverse_bounds, reverse_transition
 from undiffuse.precond import Precond
 from undiffuse.spectrum import Spectrum
 from undiffuse.types import InputError
@@ -65,8 +65,7 @@ class Denoiser(nn.Module):
         if not self.learned_variance:
             raise InputError("this network predicts no variance: use DDPM(variance='small') or 'large'")
         mean, v = self.answer(x, now, cond).chunk(2, 1)
-        (small, large), fraction = reverse_bounds(now, then), (v.to(x.dtype) + 1) / 2
-        return self._x0(mean, x, now), large**fraction * small ** (1 - fraction)
+        return self._x0(mean, x, now), interpolated(v.to(x.dtype), *reverse_bounds(now, then))
 
 
 def _rows(c: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from undiffuse.runlog import Log
 from undiffuse.spectrum import Spectrum
 from undiffuse.train import (
     EMA,
+    TRACKED,
     Checkpoints,
     Engine,
     Gradient,
@@ -29,8 +30,10 @@ from undiffuse.train import (
     Lock,
     Objective,
     Plan,
+    Power,
     Processes,
     Signals,
+    Snapshots,
     TrainState,
     is_sound,
     out_of_memory,
@@ -145,9 +148,11 @@ def _fit(
     model = replace(
         assemble(config, spectrum, data.classes), names=tuple(data.source.classes), scale=data.prepare.statistics
     )
-    objective = Objective(model.schedule, config.build("levels"), config.build("weight"), spectrum.std)
+    objective = objective_of(config, spectrum.std)
     objective.check(model.denoiser)
-    ema, bins = EMA(model.denoiser, plan.ema_gamma), LevelBins(spectrum)
+    profiles, bins = [config.build("ema")], LevelBins(spectrum)
+    profiles += [p for p in map(Power, TRACKED) if plan.snapshots and p not in profiles]
+    ema = EMA(model.denoiser, *profiles)
     average = ema.average
     assert isinstance(average, Denoiser)
     averaged, use = replace(model, denoiser=average), config.section("eval")
@@ -182,7 +187,9 @@ def _fit(
         for state in train(
             model.denoiser, data.feed(config.section("data"), engine, seed, out / "bad.jsonl"), objective, plan,
             seed=seed, checkpoints=Checkpoints(out / "checkpoints"), identity=_identity(config), ema=ema, engine=engine,
-            processes=processes, also={"bins": bins.sums}, asked=asked, started=begin,
+            processes=processes, also={"bins": bins.sums}, asked=asked, started=begin, augment=config.build("augment"),
+            optimiser=config.build("optimiser"),
+            snapshots=Snapshots(out / "averages", plan.snapshots) if plan.snapshots else None,
         ):  # fmt: skip
             if first and processes.main:
                 out.mkdir(parents=True, exist_ok=True)
@@ -212,11 +219,17 @@ def _fit(
     return Fitted(averaged, data.train, data.held_out)
 
 
+def objective_of(config: Config, std: float) -> Objective:
+    """What a configuration trains on data of this std."""
+    names = ("levels", "weight", "draws", "variance", "coupling")
+    return Objective(config.build("schedule"), sigma_data=std, **{name: config.build(name) for name in names})
+
+
 def largest_batch(config: Config, spectrum: Spectrum, classes: int, device: torch.device, most: int = 4096) -> int:
     """The batch, a power of two from 16 on, after which doubling brings under 10 % more samples a second, or memory
     runs out: measured by some steps of the configured network on noise."""
     model = assemble(config, spectrum, classes).denoiser.to(device)
-    objective = Objective(config.build("schedule"), config.build("levels"), config.build("weight"), spectrum.std)
+    objective = objective_of(config, spectrum.std)
     best, speed, precision = 16, 0.0, config.section("train").precision
     for b in (2**k for k in range(4, most.bit_length())):
         gradient = Gradient(model, objective, precision, Engine(micro=b), Processes(device=device), 0)

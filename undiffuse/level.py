@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -157,3 +158,25 @@ def reverse_bounds(now: Level, then: Level) -> tuple[Tensor, Tensor]:
     small = reverse_transition(now, then)[2] ** 2
     ratio = (then.alpha**2 + then.sigma**2) / (now.alpha**2 + now.sigma**2)
     return small, transition(then, now)[1] ** 2 * ratio
+
+
+def interpolated(v: Tensor, small: Tensor, large: Tensor) -> Tensor:
+    """The variance whose logarithm is linear in v, from `small` at v = -1 to `large` at 1 (Nichol and Dhariwal 2021,
+    equation 15)."""
+    fraction = (v + 1) / 2
+    return large**fraction * small ** (1 - fraction)
+
+
+def reverse_divergence(now: Level, then: Level, square: Tensor, var: Tensor) -> Tensor:
+    """KL(q(x_then | x_now, x0) || N(c_x x_now + c_x0 x0_hat, var)) per element in nats, given (x0_hat - x0)^2.
+
+    Both are Gaussian with independent elements (Ho et al. 2020, equation 5). Infinite at a clean `then`.
+    """
+    _, c_x0, std = reverse_transition(now, then)
+    return 0.5 * (c_x0**2 * square / var + std**2 / var - 1 + var.log() - 2 * std.log())
+
+
+def reconstruction(now: Level, square: Tensor) -> Tensor:
+    """-log N(x0; x0_hat, sigma^2 / alpha^2) per element in nats, given (x0_hat - x0)^2: the bound's last term."""
+    var = (now.sigma / now.alpha) ** 2
+    return 0.5 * (square / var + (2 * math.pi * var).log())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,15 +24,32 @@ from undiffuse.sample import State, sample
 from undiffuse.schedule import Schedule
 from undiffuse.solvers import Solver
 from undiffuse.spectrum import Spectrum
-from undiffuse.train import commit, load_weights, verify, weights
+from undiffuse.train import Snapshots, commit, load_weights, verify, weights
 from undiffuse.types import InputError
+
+SHIPPED = Path(__file__).parent / "models"
+
+
+def shipped() -> tuple[str, ...]:
+    """The names of the models that come with the package; recipes/models.py trains them."""
+    return tuple(sorted(path.parent.name for path in SHIPPED.glob("*/model")))
+
+
+def find_run(target: str | Path) -> Path | None:
+    """The run folder that is meant: the path itself, else runs/NAME, else the model NAME that comes along; or None."""
+    here = Path(target).expanduser()
+    for path in (here,) if here.exists() else (Path("runs") / target, SHIPPED / target):
+        if (path / "model").is_dir() or (path / "config.toml").is_file():
+            return path
+    return None
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
     """A denoiser (averaged weights, eval mode), the schedule it was trained on, its number of classes (0: none), the
     data's spectrum, its configuration, the classes' `names`, and the channels' `scale` where data were normalised.
-    `decode`, of a model of latents, makes samples of the data's kind from them."""
+    `decode`, of a model of latents, makes samples of the data's kind from them; `ema` is the length of the average,
+    where one was rebuilt."""
 
     denoiser: Denoiser
     schedule: Schedule
@@ -41,9 +59,17 @@ class Model:
     names: tuple[str, ...] = ()
     scale: Statistics | None = None
     decode: Callable[[Tensor], Tensor] | None = None
+    ema: float | None = None
 
     def __repr__(self) -> str:
         return f"Model({self.parameters:,} parameters, shape {self.shape}, {self.classes} classes)"
+
+    @property
+    def average(self) -> str:
+        """Whose weights the denoiser has, in words."""
+        if self.ema is not None:
+            return f"power, length {self.ema:g}, rebuilt"
+        return ", ".join(f"{name} {value}" for name, value in self.config.values["ema"].items()).removeprefix("kind ")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,8 +88,10 @@ class Model:
         return sum(p.numel() for p in self.denoiser.parameters())
 
     def number(self, name: str) -> int:
-        """The label of a class by its name or number; InputError names the classes."""
+        """The label of a class by its name, in small letters or capitals, or number; InputError names the classes."""
         self._needs_classes()
+        same = [known for known in self.names if known.casefold() == name.casefold()]
+        name = name if name in self.names or len(same) != 1 else same[0]
         known = ", ".join(self.names[:10]) + (f" and {len(self.names) - 10} more" if len(self.names) > 10 else "")
         numbers = f"0 ... {self.classes - 1}"
         if name in self.names:
@@ -87,7 +115,8 @@ class Model:
         if label is None:
             return ()
         self._needs_classes()
-        words = [label] if label in self.names else [word.strip() for word in label.split(",")]
+        whole = label.casefold() in (name.casefold() for name in self.names)
+        words = [label] if whole else [word.strip() for word in label.split(",")]
         every = range(self.classes)
         return tuple(k for word in words for k in (every if word == "each" else (self.number(word),)))
 
@@ -178,19 +207,28 @@ class Model:
             about = {"classes": self.classes, "shape": self.shape, "names": self.names}
             scale = {} if self.scale is None else {"scale": json.loads(self.scale.to_json())}
             (aside / "model.json").write_text(json.dumps({**about, **scale}))
-            save_file(weights(self.denoiser), aside / f"ema-{self.config.values['train']['ema_gamma']}.safetensors")
+            kind = "-".join(str(value) for value in self.config.values["ema"].values())
+            save_file(weights(self.denoiser), aside / f"ema-{kind}.safetensors")
             self.spectrum.save(aside / "spectrum.safetensors")
 
         commit(folder, write)
 
     @staticmethod
-    def load(run: str | Path) -> Model:
-        """The finished model of a run folder, verified against its hashes; InputError says what is wrong with it."""
-        folder = Path(run) / "model"
-        if not Path(run).is_dir():
-            raise InputError(f"run folder {run} does not exist: train one with `undiffuse train out={run}`")
-        if not folder.is_dir() and not (Path(run) / "config.toml").is_file():
+    def load(run: str | Path, ema: float | None = None) -> Model:
+        """The finished model of a run folder, or of a name (see `find_run`), verified against its hashes.
+
+        `ema` takes the weights' average of that length instead, in (0, 0.2887], rebuilt from the run's snapshots
+        (train.snapshots). InputError says what is wrong with the folder or the length.
+        """
+        found = find_run(run)
+        if found is None and not Path(run).exists():
+            raise InputError(
+                f"run folder {run} does not exist: train one with `undiffuse train out={run}`, or take one of the "
+                f"models that come along: {', '.join(shipped())}"
+            )
+        if found is None:
             raise InputError(f"{run} is no run folder: train one with `undiffuse train out=FOLDER`")
+        folder = found / "model"
         if not folder.is_dir():
             raise InputError(
                 f"{run} has no finished model: run its training command again, it goes on where it stopped"
@@ -209,6 +247,13 @@ class Model:
             raise
         except Exception as error:
             raise InputError(f"{folder} holds a model that does not fit its configuration: {error}") from error
+        if ema is not None:
+            state, fit = Snapshots(found / "averages").average(ema)
+            load_weights(model.denoiser, state)
+            if fit.error > 0.02:
+                there = f"the run's snapshots give the average of length {ema:g} to within {100 * fit.error:.0f} % only"
+                warnings.warn(f"{there}: train with more of them", stacklevel=2)
+            model = replace(model, ema=ema)
         model.denoiser.eval().requires_grad_(False)
         return model
 
@@ -216,5 +261,13 @@ class Model:
 def assemble(config: Config, spectrum: Spectrum, classes: int) -> Model:
     """An untrained model for data of this spectrum (its shape and sigma_data) and number of classes."""
     channels, *size = spectrum.shape
-    net = config.build("net", channels=channels, dims=len(size), vector=Label(classes).dim)
-    return Model(Denoiser(net, config.build("head")), config.build("schedule"), classes, spectrum, config)
+    learned = config.build("variance").learned
+    net = config.build(
+        "net",
+        channels=channels,
+        dims=len(size),
+        vector=Label(classes).dim,
+        augment=config.build("augment").dim,
+        learned_variance=learned,
+    )
+    return Model(Denoiser(net, config.build("head"), learned), config.build("schedule"), classes, spectrum, config)

@@ -137,21 +137,21 @@ def ours(cell: Cell, root: Path) -> Loop:
 
 # diffusers, examples/unconditional_image_generation
 
+EXAMPLE_NET = {
+    "block_out_channels": (128, 128, 256, 256, 512, 512),
+    "down_block_types": (*("DownBlock2D",) * 4, "AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *("UpBlock2D",) * 4),
+}
+EXAMPLE_ADAMW = {"betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}
+EXAMPLE_EMA = {"decay": 0.9999, "use_ema_warmup": True, "inv_gamma": 1.0, "power": 0.75}
+
 
 def diffusers_net(cell: Cell) -> nn.Module:
     """UNet2DModel with our widths, depth and attention, or the network that the example trains by default."""
     from diffusers import UNet2DModel
 
     if cell.net == "default":
-        plain, widths = "DownBlock2D", (128, 128, 256, 256, 512, 512)
-        return UNet2DModel(
-            sample_size=cell.side,
-            in_channels=cell.channels,
-            out_channels=cell.channels,
-            block_out_channels=widths,
-            down_block_types=(plain,) * 4 + ("AttnDownBlock2D", plain),
-            up_block_types=("UpBlock2D", "AttnUpBlock2D", *("UpBlock2D",) * 4),
-        )
+        return UNet2DModel(sample_size=cell.side, in_channels=cell.channels, out_channels=cell.channels, **EXAMPLE_NET)
     groups = cell.width // 16
     return UNet2DModel(
         sample_size=cell.side,
@@ -195,9 +195,9 @@ def diffusers_states(model: nn.Module, cell: Cell, root: Path) -> Iterator[None]
     from tqdm.auto import tqdm
 
     accelerator = Accelerator(mixed_precision="bf16" if cell.precision == "bf16" else "no", cpu=True)
-    ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    ema = EMAModel(model.parameters(), **EXAMPLE_EMA)
     noise = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, **EXAMPLE_ADAMW)
     rate = get_scheduler("cosine", optimizer=optimiser, num_warmup_steps=500, num_training_steps=10**6)
     model, optimiser, rate = accelerator.prepare(model, optimiser, rate)
     dtype = torch.bfloat16 if cell.precision == "bf16" else torch.float32

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from undiffuse.config import DEFAULTS, Config
-from undiffuse.model import Model
+from undiffuse.model import Model, find_run
 from undiffuse.train import MANIFEST
 from undiffuse.types import InputError
 
@@ -30,6 +30,7 @@ class Job:
     run: Path
     out: Path
     model: str
+    ema: float | None
     values: dict[str, Any]
     labels: tuple[int, ...]
     classes: int
@@ -57,7 +58,8 @@ class Job:
         settings["sample"] = {k: v for k, v in self.values["sample"].items() if k in ("n", "steps", "seed", "rows")}
         settings |= {"label": labels, "guidance": self.values["guidance"]} if self.labels else {"label": None}
         fixed = {"shard": self.shard, "format": self.format, "device": self.device, "threads": self.threads}
-        return {"model": self.model, **settings, **fixed}
+        ema = {} if self.ema is None else {"ema": self.ema}
+        return {"model": self.model, **ema, **settings, **fixed}
 
     def path(self, index: int) -> Path:
         """The file of a shard."""
@@ -109,8 +111,10 @@ def plan(
     if device not in ("cpu", "cuda") or (device == "cuda" and not cuda):
         raise InputError(f"device {device!r} is not to be had here: give {'cpu or cuda' if cuda else 'cpu'}")
     kept = {key: values[key] for key in SETTINGS}
-    where = Path(run).resolve(), Path(out).resolve()
-    return Job(*where, fingerprint(run), kept, model.cycle(label), model.classes, shard, format, device, threads)
+    found = find_run(run)
+    assert found is not None  # the model was loaded from it
+    where = found.resolve(), Path(out).resolve(), fingerprint(found), model.ema
+    return Job(*where, kept, model.cycle(label), model.classes, shard, format, device, threads)
 
 
 def fingerprint(run: str | Path) -> str:

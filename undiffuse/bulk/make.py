@@ -30,7 +30,7 @@ class Maker:
     """Makes shards of a job: the model is loaded once, here, and put on `device` (default: the job's)."""
 
     def __init__(self, job: Job, model: Model | None = None, device: torch.device | None = None) -> None:
-        model = model or Model.load(job.run)
+        model = model or Model.load(job.run, job.ema)
         if fingerprint(job.run) != job.model:
             raise InputError(f"{job.run} was trained again since the job began: run the command again")
         torch.set_num_threads(job.threads)  # results may depend on it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -13,13 +13,16 @@ class Cond:
     """A batch of conditions; each part may be absent. The null condition of every part is zero (tokens: masked out).
 
     vector (b, d): class, pooled text, image embedding, guidance weight; tokens (b, n, d) with tokens_mask (b, n), True
-    where there is a token; spatial (b, c, *size): depth, segmentation, a low-resolution image.
+    where there is a token; spatial (b, c, *size): depth, segmentation, a low-resolution image. `augment` (b, a), what
+    augmentation did to x, zero for nothing, is no condition: the null condition has it too, or samples without a
+    condition would be augmented ones.
     """
 
     vector: Tensor | None = None
     tokens: Tensor | None = None
     tokens_mask: Tensor | None = None
     spatial: Tensor | None = None
+    augment: Tensor | None = None
 
     def _map(self, change) -> Cond:  # type: ignore[no-untyped-def]
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -30,7 +33,7 @@ class Cond:
 
     def null(self) -> Cond:
         """The condition that says nothing, of the same shapes."""
-        return self._map(torch.zeros_like)
+        return replace(self._map(torch.zeros_like), augment=self.augment)
 
     def drop(self, which: Tensor) -> Cond:
         """The same batch with the rows where `which` (b,) is True replaced by the null condition."""
@@ -38,7 +41,7 @@ class Cond:
         def zero(v: Tensor) -> Tensor:
             return v.masked_fill(which.reshape(-1, *[1] * (v.ndim - 1)), 0)
 
-        return self._map(zero)
+        return replace(self._map(zero), augment=self.augment)
 
     def to(self, device: torch.device | str) -> Cond:
         """The same batch on another device."""

@@ -21,7 +21,7 @@ from undiffuse.evals.bits import (
     standard_error,
 )
 from undiffuse.grid import check_levels
-from undiffuse.level import Level, reverse_bounds, reverse_transition
+from undiffuse.level import Level, reconstruction, reverse_bounds, reverse_divergence, reverse_transition
 from undiffuse.sample import Noise
 from undiffuse.types import InputError
 
@@ -244,11 +244,10 @@ class _Chain(NamedTuple):
             nats.append(self.divergence(x0, now.diffuse(x0, noise()), now, then, i).flatten(1).sum(1))
         eps, s = noise(), last.sigma / last.alpha
         if values is not None:
-            log_p = -(eps**2) / 2 - _log_sum(values, x0 + s * eps, s)
+            minus_log_p = eps**2 / 2 + _log_sum(values, x0 + s * eps, s)
         else:
-            off = (x0 - self.predict(last.diffuse(x0, eps), last)) / s
-            log_p = -(off**2) / 2 - s.log() - math.log(2 * math.pi) / 2
-        return torch.stack([*nats, -log_p.flatten(1).sum(1)])
+            minus_log_p = reconstruction(last, (x0 - self.predict(last.diffuse(x0, eps), last)) ** 2)
+        return torch.stack([*nats, minus_log_p.flatten(1).sum(1)])
 
     def predict(self, x: Tensor, level: Level) -> Tensor:
         """D(x) in float64."""
@@ -257,12 +256,10 @@ class _Chain(NamedTuple):
 
     def divergence(self, x0: Tensor, x: Tensor, now: Level, then: Level, i: int) -> Tensor:
         """KL(q(x_then | x, x0) || p(x_then | x)) per element, both Gaussian with independent elements."""
-        _, c_x0, std = reverse_transition(now, then)
         if self.variance == "learned":
             mean, var = (part.double() for part in self.model.reverse(x.to(self.dtype), now, then, self.cond))
         else:
             mean, var = self.predict(x, now), reverse_bounds(now, then)[self.variance == "large"]
-            var = var if self.known is None else var + c_x0**2 * self.known[i].to(var.device)
-        ratio = std**2 / var
-        nats: Tensor = 0.5 * (c_x0**2 * (x0 - mean) ** 2 / var + ratio - 1 - ratio.log())
-        return nats
+            if self.known is not None:
+                var = var + reverse_transition(now, then)[1] ** 2 * self.known[i].to(var.device)
+        return reverse_divergence(now, then, (x0 - mean) ** 2, var)

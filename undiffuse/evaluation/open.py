@@ -14,15 +14,6 @@ from undiffuse.rundata import RunData, about_of
 from undiffuse.types import InputError
 
 
-def find_run(target: str) -> Path | None:
-    """The run folder that is meant: the path itself, else runs/NAME; None for anything else."""
-    here = Path(target).expanduser()
-    for path in (here,) if here.exists() else (Path("runs") / target,):
-        if (path / "model").is_dir() or (path / "config.toml").is_file():
-            return path
-    return None
-
-
 def data_of_run(config: Config, run: Path, n: int) -> tuple[Data, Data]:
     """(training samples or a part of them, at least n held-out ones) of a run, as its model reads them.
 

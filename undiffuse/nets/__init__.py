@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from torch import nn
 
+from undiffuse.nets.dit import DiT
 from undiffuse.nets.unet import UNet
 
-NETS: dict[str, Callable[..., nn.Module]] = {"unet": UNet}
+NETS: dict[str, Callable[..., nn.Module]] = {"unet": UNet, "dit": DiT}
 
-__all__ = ["NETS", "UNet"]
+__all__ = ["NETS", "DiT", "UNet"]

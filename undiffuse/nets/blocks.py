@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import interpolate, pad, rms_norm, scaled_dot_product_attention, silu
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
@@ -44,8 +46,19 @@ class ResBlock(nn.Module):
         return out
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm) -> Tensor:
+    """Attention over (b, heads, tokens, width), queries and keys normalised (QK-norm; Dehghani et al. 2023)."""
+    q, k = (rms_norm(a, a.shape[-1:], n.weight.to(a.dtype)) for a, n in ((q, q_norm), (k, k_norm)))
+    if q.device.type == "cpu" and q.requires_grad and k.shape[2] <= 512:
+        # the fused kernel's backward pass takes 2 to 5 times as long as products of matrices this small
+        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        out: Tensor = weights.softmax(-1).to(v.dtype) @ v
+        return out
+    return scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
-    """Self-attention over all positions, queries and keys normalised (QK-norm; Dehghani et al. 2023)."""
+    """Self-attention over all positions, with QK-norm."""
 
     def __init__(self, dims: int, channels: int, head_width: int = 32) -> None:
         super().__init__()
@@ -59,8 +72,7 @@ class Attention(nn.Module):
         c = x.shape[1]
         qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, c // self.heads)).transpose(-1, -2)
         q, k, v = qkv.unbind(1)
-        q, k = (rms_norm(a, a.shape[-1:], n.weight.to(a.dtype)) for a, n in ((q, self.q_norm), (k, self.k_norm)))
-        h = scaled_dot_product_attention(q, k, v)
+        h = attend(q, k, v, self.q_norm, self.k_norm)
         out: Tensor = x + self.proj(h.transpose(-1, -2).reshape(x.shape))
         return out
 
@@ -100,6 +112,22 @@ class Up(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         out: Tensor = self.conv(interpolate(x, scale_factor=2.0, mode="nearest"))
         return out
+
+
+def padded(x: Tensor, multiple: int) -> Tensor:
+    """x (b, c, *size) with every side filled up to a multiple by its edges, half before it."""
+    margins = [-side % multiple for side in x.shape[2:]]
+    if not any(margins):
+        return x
+    # torch lists the last side first
+    return pad(x, [m for side in reversed(margins) for m in (side // 2, side - side // 2)], mode="replicate")
+
+
+def cropped(x: Tensor, size: Sequence[int]) -> Tensor:
+    """What `padded` had around it taken away."""
+    for axis, side in enumerate(size, 2):
+        x = x.narrow(axis, (x.shape[axis] - side) // 2, side)
+    return x
 
 
 def unshuffle(x: Tensor, patch: int) -> Tensor:

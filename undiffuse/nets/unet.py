@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, silu
+from torch.nn.functional import silu
 
-from undiffuse.nets.blocks import CONV, Down, Stage, Up, group_norm, shuffle, unshuffle, zero
-from undiffuse.nets.embed import TimeEmbedding
+from undiffuse.nets.blocks import CONV, Down, Stage, Up, cropped, group_norm, padded, shuffle, unshuffle, zero
+from undiffuse.nets.embed import Embedding, check_input
 from undiffuse.types import InputError
 
 
@@ -20,8 +20,8 @@ class UNet(nn.Module):
     x (b, channels, *size) with 1, 2 or 3 sides -> the same shape, or 2 * channels with `learned_variance`. `width`
     times each of `mults` are the channels of the levels, with `depth` residual blocks each; levels in `attention` (0 is
     the finest) attend, the bottleneck always does. `patch` > 1 turns patches into channels first (pixel-unshuffle).
-    `vector` is the width of `Cond.vector`, 0 for none. Sizes that the levels do not divide are padded inside and
-    cropped outside. Raises InputError for wrong shapes.
+    `vector` and `augment` are the widths of `Cond.vector` and of `Cond.augment`, 0 for none. Sizes that the levels do
+    not divide are padded inside and cropped outside. Raises InputError for wrong shapes.
 
     >>> net = UNet(channels=1, width=32, vector=10)
     >>> net(torch.zeros(2, 1, 7, 9), torch.zeros(2)).shape
@@ -40,25 +40,25 @@ class UNet(nn.Module):
         vector: int = 0,
         dropout: float = 0.0,
         learned_variance: bool = False,
+        augment: int = 0,
     ) -> None:
         super().__init__()
-        whole = all(isinstance(n, int) for n in (channels, width, depth, patch, vector, *mults))
-        positive = whole and bool(mults) and min(channels, depth, patch, *mults) >= 1 and width >= 8 and vector >= 0
-        if dims not in CONV or not positive:
+        whole = all(isinstance(n, int) for n in (channels, width, depth, patch, vector, augment, *mults))
+        least = whole and bool(mults) and min(channels, depth, patch, *mults) >= 1 and min(vector, augment) >= 0
+        if dims not in CONV or not least or width < 8:
             raise InputError(
-                "UNet needs whole numbers: dims 1 to 3; channels, depth, patch, mults >= 1; width >= 8; vector >= 0. "
-                f"Got dims={dims}, channels={channels}, depth={depth}, patch={patch}, mults={tuple(mults)}, "
-                f"width={width}, vector={vector}"
+                "UNet needs whole numbers: dims 1 to 3; channels, depth, patch, mults >= 1; width >= 8; vector and "
+                f"augment >= 0. Got dims={dims}, channels={channels}, depth={depth}, patch={patch}, "
+                f"mults={tuple(mults)}, width={width}, vector={vector}, augment={augment}"
             )
         if not 0 <= dropout < 1:
             raise InputError(f"UNet dropout must be in [0, 1), got {dropout}")
         if any(level not in range(len(mults)) for level in attention):
             raise InputError(f"UNet attention names levels {tuple(attention)}; there are 0 ... {len(mults) - 1}")
-        self.channels, self.dims, self.patch, self.vector = channels, dims, patch, vector
+        self.channels, self.dims, self.patch = channels, dims, patch
         self.multiple = patch * 2 ** (len(mults) - 1)
         embedding, widths = 4 * width, [width * m for m in mults]
-        self.time = TimeEmbedding(width, embedding)
-        self.cond = nn.Linear(vector, embedding, bias=False) if vector else None
+        self.embed = Embedding(width, embedding, vector, augment)
         inside, conv = channels * patch**dims, CONV[dims]
 
         def stage(c_in: int, level: int) -> Stage:
@@ -88,33 +88,12 @@ class UNet(nn.Module):
         self.layout = torch.channels_last if dims == 2 else torch.contiguous_format
         self.to(memory_format=self.layout)  # type: ignore[call-overload]
 
-    def _embed(self, time: Tensor, cond: Any) -> Tensor:
-        emb: Tensor = self.time(time)
-        vector = None if cond is None else cond.vector
-        if cond is not None and (cond.tokens is not None or cond.spatial is not None):
-            raise InputError("this network takes a condition vector only, and was given tokens or a spatial map")
-        if vector is not None and self.cond is None:
-            raise InputError("this network was built without a condition (vector=0) and was given one")
-        if vector is not None and self.cond is not None:
-            if vector.shape != (len(time), self.vector):
-                raise InputError(
-                    f"condition vector of shape {tuple(vector.shape)}: expected ({len(time)}, {self.vector})"
-                )
-            emb = emb + self.cond(vector.to(emb.dtype))
-        return silu(emb)
-
     def forward(self, x: Tensor, time: Tensor, cond: Any = None) -> Tensor:
-        """F(x, time): x (b, channels, *size), time (b,), cond with `vector` (b, vector) or None for unconditional."""
-        if x.ndim != 2 + self.dims or x.shape[1] != self.channels or 0 in x.shape[1:]:
-            raise InputError(
-                f"this network takes (batch, {self.channels}, {', '.join(['side'] * self.dims)}), got {tuple(x.shape)}"
-            )
-        if time.shape != x.shape[:1]:
-            raise InputError(f"time of shape {tuple(time.shape)} for {len(x)} samples: expected ({len(x)},)")
-        emb, size = self._embed(time, cond), x.shape[2:]
-        margins = [-side % self.multiple for side in size]
-        if any(margins):  # torch lists the last side first
-            x = pad(x, [m for side in reversed(margins) for m in (side // 2, side - side // 2)], mode="replicate")
+        """F(x, time): x (b, channels, *size), time (b,), cond with `vector` (b, vector) and `augment`
+        (b, augment), or None; without them it is unconditional and of data as they are."""
+        check_input(x, time, self.channels, self.dims)
+        emb, size = self.embed(time, cond), x.shape[2:]
+        x = padded(x, self.multiple)
         h = self.stem(unshuffle(x, self.patch) if self.patch > 1 else x).contiguous(memory_format=self.layout)
         skips = [h]
         for layer in self.down:
@@ -127,6 +106,4 @@ class UNet(nn.Module):
         out: Tensor = self.head(silu(self.norm(h)))
         if self.patch > 1:
             out = shuffle(out, self.patch)
-        for axis, (m, side) in enumerate(zip(margins, size, strict=True), 2):
-            out = out.narrow(axis, m // 2, side)
-        return out.contiguous()
+        return cropped(out, size).contiguous()

@@ -178,9 +178,9 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
     return {k.replace("_orig_mod.", ""): whole(v).clone().contiguous() for k, v in module.state_dict().items()}
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Load what `weights` gave, compiled, sharded or not; raises RuntimeError where names or shapes differ."""
-    stored, own = load_file(path), module.state_dict()
+def load_weights(module: nn.Module, stored: Path | dict[str, Tensor]) -> None:
+    """Load what `weights` gave, or a file of it, compiled, sharded or not; RuntimeError for other names or shapes."""
+    stored, own = load_file(stored) if isinstance(stored, Path) else stored, module.state_dict()
     names = {k.replace("_orig_mod.", ""): k for k in own}
     state = {names.get(k, k): v for k, v in stored.items()}
     module.load_state_dict({k: whole_like(v, own[k]) if k in own else v for k, v in state.items()})

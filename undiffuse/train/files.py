@@ -16,6 +16,7 @@ from undiffuse.train.checkpoint import Checkpoints, is_shard, load_weights, weig
 from undiffuse.train.ema import EMA
 from undiffuse.train.plan import same_settings
 from undiffuse.train.processes import Processes
+from undiffuse.types import InputError
 
 
 class Files:
@@ -37,7 +38,8 @@ class Files:
         """Commit the state; every process takes part where parameters are shards, the main one writes."""
         parts: dict[str, dict[str, Tensor]] = {}
         if processes.main or any(is_shard(p) for p in self.model.parameters()):
-            parts = {"model": weights(self.model), "ema": weights(self.ema.average), "optimiser": self._moments()}
+            parts = {"model": weights(self.model), "optimiser": self._moments()}
+            parts |= {name: weights(average) for name, average in self._averages().items()}
         if self.also:
             parts["also"] = {name: value.clone() for name, value in self.also.items()}
         state = {"step": step, "identity": self.identity, "scaler": self.scaler.state_dict()}
@@ -62,8 +64,16 @@ class Files:
         """Take up the state in `folder`: its step. Raises InputError if it belongs to a run with other settings."""
         known = json.loads((folder / "state.json").read_text())
         same_settings(known["identity"], self.identity, folder)
+        stored = load_file(folder / "also.safetensors") if (folder / "also.safetensors").exists() else {}
+        missing = [k for k, v in self.also.items() if k not in stored or stored[k].shape != v.shape]
+        if missing:
+            raise InputError(
+                f"{folder} belongs to a run with other settings: it has no {', '.join(missing)} of these shapes. Give "
+                "another folder or delete that run"
+            )
         load_weights(self.model, folder / "model.safetensors")
-        load_weights(self.ema.average, folder / "ema.safetensors")
+        for name, average in self._averages().items():
+            load_weights(average, folder / f"{name}.safetensors")
         owners = [p for group in self.optimiser.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in load_file(folder / "optimiser.safetensors").items():
@@ -71,13 +81,14 @@ class Files:
             owner = owners[int(i)]
             state.setdefault(int(i), {})[name] = whole_like(value, owner) if value.shape == owner.shape else value
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
-        if self.also:
-            stored = load_file(folder / "also.safetensors")
-            for name, value in self.also.items():
-                value.copy_(stored[name])
+        for name, value in self.also.items():
+            value.copy_(stored[name])
         if known["scaler"]:
             self.scaler.load_state_dict(known["scaler"])
         return int(known["step"])
+
+    def _averages(self) -> dict[str, nn.Module]:
+        return {f"ema-{i}" if i else "ema": average for i, average in enumerate(self.ema.averages)}
 
     def _moments(self) -> dict[str, Tensor]:
         return {

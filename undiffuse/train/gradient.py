@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from undiffuse.denoise import Denoiser
 from undiffuse.level import Level
 from undiffuse.seeds import seed_of
-from undiffuse.train.objective import Loss, Objective
+from undiffuse.train.objective import Drawn, Loss, Objective
 from undiffuse.train.plan import Engine
 from undiffuse.train.processes import Processes, parts
 from undiffuse.types import InputError
@@ -86,16 +86,17 @@ class Gradient:
         """Whether parameters are shards (FSDP2)."""
         return self.processes.shards(self.sharding)
 
-    def __call__(self, x0: Tensor, eps: Tensor, level: Level, cond: Any, index: Tensor) -> Loss:
-        """The rows' losses; x0, eps (b, *data), level (b,), `cond` of b rows or None, `index` (b,) in the whole run."""
-        return self._fitting(self.module, self.processes.world == 1, x0, eps, level, cond, index)
+    def __call__(self, x0: Tensor, eps: Tensor, drawn: Drawn, cond: Any, index: Tensor) -> Loss:
+        """The rows' losses, before the weights of `drawn`, which the gradient has; x0, eps (b, *data), `cond` of b rows
+        or None, `index` (b,) in the whole run."""
+        return self._fitting(self.module, self.processes.world == 1, x0, eps, drawn, cond, index)
 
-    def probe(self, x0: Tensor, eps: Tensor, level: Level, cond: Any, index: Tensor) -> None:
+    def probe(self, x0: Tensor, eps: Tensor, drawn: Drawn, cond: Any, index: Tensor) -> None:
         """Before the first step of several processes, agree on a `micro` that fits in all: later, one that runs out
         would leave the others waiting."""
         if self.processes.world == 1 or self.sharded:
             return
-        self._fitting(self.inner, True, x0, eps, level, cond, index)
+        self._fitting(self.inner, True, x0, eps, drawn, cond, index)
         self.clear()
         self.micro = self.processes.least(self.micro)
 
@@ -133,16 +134,16 @@ class Gradient:
             torch.cuda.empty_cache()
         warnings.warn(f"memory ran out: going on with {self.micro} rows a network call", stacklevel=3)
 
-    def _run(self, module: nn.Module, x0: Tensor, eps: Tensor, level: Level, cond: Any, index: Tensor) -> Loss:
+    def _run(self, module: nn.Module, x0: Tensor, eps: Tensor, drawn: Drawn, cond: Any, index: Tensor) -> Loss:
         self.clear()
         done: list[Loss] = []
         for start in range(0, len(x0), self.micro):
             part = slice(start, start + self.micro)
             torch.manual_seed(seed_of(self.seed, 3, int(index[start])))  # dropout inside the network
-            some = Level(level.alpha[part], level.sigma[part])
+            some = drawn[part]
             with _synchronised(module, start + self.micro >= len(x0)):
-                loss = module(x0[part], eps[part], some, None if cond is None else cond[part])
-                self.scaler.scale(loss.loss.sum() / len(x0)).backward()
+                loss = module(x0[part], eps[part], some.level, None if cond is None else cond[part])
+                self.scaler.scale((some.weight.to(loss.loss) * loss.loss).sum() / len(x0)).backward()
             done.append(Loss(loss.loss.detach(), loss.mse.detach(), loss.lam))
         return Loss(*(torch.cat(parts) for parts in zip(*done, strict=True)))
 

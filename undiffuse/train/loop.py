@@ -11,18 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from undiffuse.data import InMemory
 from undiffuse.denoise import Denoiser
-from undiffuse.level import Level
 from undiffuse.sample import Noise
 from undiffuse.seeds import seed_of, uniform
+from undiffuse.train.augment import Augment, NoAugment, labelled
 from undiffuse.train.checkpoint import Checkpoints, is_shard, whole
-from undiffuse.train.ema import EMA
+from undiffuse.train.ema import EMA, Snapshots
 from undiffuse.train.feed import Feed, Rows
 from undiffuse.train.files import Files
 from undiffuse.train.gradient import Gradient, recomputed
-from undiffuse.train.objective import Objective
+from undiffuse.train.objective import Drawn, Objective
+from undiffuse.train.optimiser import AdamW, OptimiserKind, Scheduler, scheduled
 from undiffuse.train.plan import Engine, Plan
 from undiffuse.train.processes import Processes, shard
 from undiffuse.train.stop import end
@@ -35,8 +37,8 @@ class NonFinite(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainState:
-    """After optimiser step `step`: mean weighted loss, gradient norm before clipping, learning rate, and for each
-    sample of the batch its lam, its plain x0 error and its number in the data."""
+    """After optimiser step `step`: the batch's estimate of the objective, gradient norm before clipping, learning rate,
+    and for each sample of the batch its lam, its plain x0 error and its number in the data."""
 
     step: int
     loss: float
@@ -79,6 +81,10 @@ def train(
     checkpoints: Checkpoints | None = None,
     identity: dict[str, Any] | None = None,
     ema: EMA | None = None,
+    snapshots: Snapshots | None = None,
+    optimiser: OptimiserKind = AdamW(),  # noqa: B008 (it is immutable)
+    scheduler: Scheduler | None = None,
+    augment: Augment = NoAugment(),  # noqa: B008
     engine: Engine | None = None,
     processes: Processes | None = None,
     also: Mapping[str, Tensor] | None = None,
@@ -88,12 +94,17 @@ def train(
     """Train in place, yielding a `TrainState` after every step; stop early with `break`.
 
     `data` is x (n, *data), with `cond`, a `Cond` of n rows or None, or a `Feed`. Give `ema=EMA(model)` to keep its
-    average. With `checkpoints` the run continues from the newest that verifies, bit for bit as if it had not stopped;
-    `identity` (JSON-able) must then be the same, and the tensors in `also` are saved and taken up in place with it;
+    average, and `snapshots=Snapshots(folder)` for averages of any length afterwards. `optimiser` makes torch's
+    optimiser, and `scheduler` one of torch's schedulers for it instead of the plan's rate, as in
+    `lambda o: OneCycleLR(o, ...)`; `augment` changes data and tells the network how.
+
+    With `checkpoints` the run continues from the newest that verifies, bit for bit as if it had not stopped; `identity`
+    (JSON-able) must then be the same, and the tensors in `also` are saved and taken up in place with it;
     `started(step)` is called with the step that was taken up, before the next. In several `processes` each takes its
-    rows of every batch; levels, noise and dropped conditions are those of one process. When `asked()` gives a signal's
-    number the state is saved and Preempted (SIGINT: KeyboardInterrupt) raised. Raises NonFinite, Lost where another
-    process is gone, and InputError for impossible combinations.
+    rows of every batch; levels, noise and dropped conditions are those of one process, while noise is coupled with the
+    rows of each process. When `asked()` gives a signal's number the state is saved and Preempted (SIGINT:
+    KeyboardInterrupt) raised. Raises NonFinite, Lost where another process is gone, and InputError for impossible
+    combinations.
 
     >>> from undiffuse import Denoiser, EDMPrecond, VP
     >>> from undiffuse.nets import UNet
@@ -114,32 +125,39 @@ def train(
     if not hasattr(feed, "steps"):
         raise InputError(f"train takes a tensor x (n, ...) or a Feed, got {type(data).__name__}: torch.as_tensor(x)?")
     model.to(processes.device)
-    ema = ema or EMA(model, plan.ema_gamma)
-    ema.average.to(processes.device)
+    ema = ema or EMA(model)
+    for average in ema.averages:
+        average.to(processes.device)
     with contextlib.ExitStack() as stack:
         if engine.recompute:
             stack.enter_context(recomputed(model))
         if engine.compile and isinstance(model.net, nn.Module):
             model.net.compile()
         gradient = Gradient(model, objective, plan.precision, engine, processes, seed)
-        if gradient.sharded:
-            shard(ema.average, processes)
-        optimiser = torch.optim.AdamW(model.parameters(), lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
+        for average in ema.averages if gradient.sharded else ():
+            shard(average, processes)
+        mover = optimiser(model, plan.lr, plan.weight_decay)
         identity = json.loads(json.dumps(identity or {}))
-        files = Files(model, ema, optimiser, gradient.scaler, identity, also or {})
+        drawer = objective.draws.start()
+        files = Files(model, ema, mover, gradient.scaler, identity, {**(also or {}), **drawer.state()})
         start = files.newest(checkpoints)
         started(start)
+        rates = None if scheduler is None else scheduled(scheduler, mover, start)
         reading = feed.steps(start + 1, plan.steps, batch, processes.rank, processes.world)
         stack.callback(getattr(reading, "close", lambda: None))  # a generator may hold worker processes
-        draw = _Draws(objective, batch, seed, plan.cond_dropout, processes)
+        draw = _Draws(objective, augment, plan, seed, processes)
         for step, rows in enumerate(reading, start + 1):
             if not model.training:
                 model.train()
-            given = draw(step, rows)
+            drawn = objective.draw(batch, seed, step, drawer)
+            given = draw(step, rows, drawn)
             if step == start + 1:
                 gradient.probe(*given)
-            state, number = _step(step, plan, gradient, given, rows.ids, optimiser, asked)
+            state, losses, number = _step(step, plan, gradient, given, drawn, rows.ids, mover, asked, rates)
+            drawer.learn(drawn.u, losses)
             ema.update(step)
+            if snapshots is not None and snapshots.due(step, plan.steps):
+                snapshots.save(step, ema, processes)
             due = bool(plan.every) and (step % plan.every == 0 or step == plan.steps)
             try:
                 yield state
@@ -166,37 +184,45 @@ def _in_memory(x: Tensor, cond: Any, seed: int) -> InMemory:
 
 
 class _Draws:
-    """What is random in a step, as a function of (seed, global index): levels, noise, dropped conditions."""
+    """What a step trains on; noise and dropped conditions are a function of (seed, global index)."""
 
-    def __init__(self, objective: Objective, batch: int, seed: int, dropout: float, processes: Processes) -> None:
-        self.objective, self.batch, self.seed, self.dropout = objective, batch, seed, dropout
-        self.processes = processes
+    def __init__(self, objective: Objective, augment: Augment, plan: Plan, seed: int, processes: Processes) -> None:
+        self.objective, self.augment, self.plan = objective, augment, plan
+        self.seed, self.processes = seed, processes
 
-    def __call__(self, step: int, rows: Rows) -> tuple[Tensor, Tensor, Level, Any, Tensor]:
-        """(x0, eps, level, condition, global index) of this process's rows, tensors on its device."""
+    def __call__(self, step: int, rows: Rows, drawn: Drawn) -> tuple[Tensor, Tensor, Drawn, Any, Tensor]:
+        """(x0, eps, levels, condition, global index) of this process's rows of a batch with the levels `drawn`; data
+        and noise on its device."""
         mine, device = slice(self.processes.rank, None, self.processes.world), self.processes.device
-        index = torch.arange((step - 1) * self.batch, step * self.batch)[mine]
-        level = self.objective.draw(self.batch, self.seed, step)
-        eps = Noise(rows.x.shape, seed_of(self.seed, 1), index.tolist(), device=device)()
+        batch = len(drawn.u)
+        index = torch.arange((step - 1) * batch, step * batch)[mine]
+        x0, labels = self.augment(rows.x.to(device), seed_of(self.seed, 8), index)
         cond = rows.cond
+        eps = Noise(rows.x.shape, seed_of(self.seed, 1), index.tolist(), device=device)()
+        eps = self.objective.coupling(x0, eps, cond)
         if cond is not None:
-            cond = cond.drop(uniform(seed_of(self.seed, 6), index) < self.dropout).to(device)
-        return rows.x.to(device), eps, Level(level.alpha[mine], level.sigma[mine]), cond, index
+            cond = cond.drop(uniform(seed_of(self.seed, 6), index) < self.plan.cond_dropout).to(device)
+        return x0, eps, drawn[mine], labelled(cond, labels), index
 
 
 def _step(
     step: int,
     plan: Plan,
     gradient: Gradient,
-    given: tuple[Tensor, Tensor, Level, Any, Tensor],
+    given: tuple[Tensor, Tensor, Drawn, Any, Tensor],
+    drawn: Drawn,
     ids: Tensor,
     optimiser: torch.optim.Optimizer,
     asked: Callable[[], int],
-) -> tuple[TrainState, int]:
-    """Gradient, check, clip, move: the state after it, and the signal that any process was given."""
+    rates: LRScheduler | None,
+) -> tuple[TrainState, Tensor, int]:
+    """Gradient, check, clip, move: the state after it, the losses (b,) of the batch before the weights of `drawn`, and
+    the signal that any process was given."""
     model, scaler = gradient.inner.model, gradient.scaler
-    for group in optimiser.param_groups:
-        group["lr"] = plan.rate(step)
+    if rates is None:
+        for group in optimiser.param_groups:
+            group["lr"] = plan.rate(step)
+    rate = optimiser.param_groups[0]["lr"]
     mine = gradient(*given)
     signal = torch.full_like(mine.lam, asked())
     columns = [c.double().to(gradient.processes.device) for c in (mine.loss, mine.mse, mine.lam, ids, signal)]
@@ -204,7 +230,7 @@ def _step(
     scaler.unscale_(optimiser)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     norm = norm.full_tensor() if is_shard(norm) else norm  # type: ignore[attr-defined]
-    value, size = float(loss.mean()), float(norm)
+    value, size = float((drawn.weight * loss).mean()), float(norm)
     overflow = scaler.is_enabled() and math.isfinite(value) and gradient.overflows(math.isfinite(size))
     if not overflow and not (math.isfinite(value) and math.isfinite(size)):
         raise _diagnosis(step, loss, lam, rows, model)
@@ -212,4 +238,6 @@ def _step(
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), plan.clip, norm)
     scaler.step(optimiser)
     scaler.update()
-    return TrainState(step, value, size, plan.rate(step), lam, mse, rows.long()), int(signals.max())
+    if rates is not None:
+        rates.step()
+    return TrainState(step, value, size, rate, lam, mse, rows.long()), loss, int(signals.max())

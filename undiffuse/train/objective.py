@@ -14,7 +14,9 @@ from undiffuse.denoise import Denoiser
 from undiffuse.level import Level
 from undiffuse.precond import loss_weight, target
 from undiffuse.schedule import Discrete, Schedule
-from undiffuse.seeds import seed_of, uniform
+from undiffuse.train.coupling import Coupling, IndependentCoupling
+from undiffuse.train.draws import Drawer, Draws, Stratified
+from undiffuse.train.variance import Fixed, Variance
 from undiffuse.types import InputError
 
 _U_MIN = 1e-9  # quantiles are finite inside (0, 1)
@@ -253,7 +255,8 @@ WEIGHTS: dict[str, Callable[..., Callable[[Level, float], Tensor]]] = {
 
 
 class Loss(NamedTuple):
-    """`loss` (b,), the weighted error; `mse` (b,), the plain mean squared error of x0; `lam` (b,)."""
+    """`loss` (b,), the weighted error with the terms of `variance`; `mse` (b,), the plain mean squared error of x0;
+    `lam` (b,)."""
 
     loss: Tensor
     mse: Tensor
@@ -261,30 +264,61 @@ class Loss(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """A batch's levels (b,), the weights (b,) of its losses that undo how they were drawn, and their quantiles u (b,).
+
+    `drawn[part]` is that part of the batch.
+    """
+
+    level: Level
+    weight: Tensor
+    u: Tensor
+
+    def __getitem__(self, part: slice) -> Drawn:
+        return Drawn(Level(self.level.alpha[part], self.level.sigma[part]), self.weight[part], self.u[part])
+
+
+@dataclass(frozen=True)
 class Objective:
     """E w(level) |x0_hat - x0|^2 / d over levels, data and noise, for any head (one formula: see `precond`).
 
-    `stratified` draws one level from each of b equal slices of the distribution, in random order (Kingma et al. 2021,
-    appendix I): the same marginal with less variance.
+    `draws` says how a batch's levels are drawn from their distribution, and `coupling` which of its noise meets which
+    sample. `variance` adds terms of the variational bound, or puts them in the error's place, for a network that
+    predicts the variance of the reverse steps.
     """
 
     schedule: Schedule
     levels: LevelDistribution = LogNormal()
     weight: Callable[[Level, float], Tensor] = EDMWeight()
     sigma_data: float = 0.5
-    stratified: bool = True
+    draws: Draws = Stratified()  # noqa: RUF009 (it is immutable)
+    coupling: Coupling = IndependentCoupling()  # noqa: RUF009
+    variance: Variance = Fixed()  # noqa: RUF009
 
     def check(self, model: Denoiser) -> None:
-        """InputError for a head that cannot be trained on these levels, for levels that the schedule lacks, and for a
-        weight that is not finite and >= 0 on them."""
+        """InputError for a head that cannot be trained on these levels, for levels that the schedule lacks, for a
+        weight that is not finite and >= 0 on them, and for a variance that cannot be trained, or would not be."""
         if model.head.needs_alpha and bool(self.schedule.level(1.0).alpha == 0):
             name = type(model.head).__name__
             raise InputError(
                 f"a {name} head cannot be trained for a schedule that ends in pure noise (alpha = 0): it does not "
                 "determine x0 there. Use a v, flow, x0 or edm head, or a schedule that ends at alpha > 0"
             )
-        if model.learned_variance:
-            raise InputError("this objective trains the mean alone: build the network with learned_variance = false")
+        if model.learned_variance and not self.variance.learned:
+            raise InputError(
+                "this network predicts a variance, which variance = fixed does not train: choose variance = hybrid or "
+                "vlb, or build it with learned_variance = false"
+            )
+        if self.variance.learned and not model.learned_variance:
+            raise InputError(
+                f"{self.variance} trains a variance, which this network does not predict: build it with "
+                "learned_variance = true, or choose variance = fixed"
+            )
+        if self.variance.learned and not isinstance(self.coupling, IndependentCoupling):
+            raise InputError(
+                f"{self.variance} trains reverse steps for noise that is independent of the data, unlike that of "
+                f"{self.coupling}: choose the independent coupling, or variance = fixed"
+            )
         _require(0 < self.sigma_data < math.inf, "sigma_data, the std of the data,", self.sigma_data, "> 0 and finite")
         level = self.levels(torch.tensor([_U_MIN, 0.5, 1 - _U_MIN], dtype=torch.float64), self.schedule)
         weight = self.weight(level, self.sigma_data).float()
@@ -293,18 +327,20 @@ class Objective:
                 f"{self.weight} must be finite and >= 0 on the levels, got {weight.tolist()} at lam = "
                 f"{level.lam.tolist()}: keep {self.levels} away from clean data, or choose another weight"
             )
+        self.variance.check(self.schedule, self.levels)
 
-    def draw(self, b: int, seed: int = 0, step: int = 1) -> Level:
-        """The levels (b,) of a step's b samples: a function of (seed, step)."""
-        u = uniform(seed_of(seed, 4), torch.arange((step - 1) * b, step * b))
-        if self.stratified:
-            u = (torch.randperm(b, generator=torch.Generator().manual_seed(seed_of(seed, 5, step))) + u) / b
-        return self.levels(u.clamp(_U_MIN, 1 - _U_MIN), self.schedule)
+    def draw(self, b: int, seed: int = 0, step: int = 1, drawer: Drawer | None = None) -> Drawn:
+        """The levels of a step's b samples: a function of (seed, step), and of what `drawer` has learned (None: a new
+        one, that of a run's beginning)."""
+        u, weight = (drawer or self.draws.start())(b, seed, step)
+        return Drawn(self.levels(u.clamp(_U_MIN, 1 - _U_MIN), self.schedule), weight, u)
 
     def __call__(self, model: Denoiser, x0: Tensor, eps: Tensor, level: Level, cond: Any = None) -> Loss:
         """The error at x = alpha x0 + sigma eps; level (b,), computed in float32 around the network."""
         wide = level.reshape(-1, *[1] * (x0.ndim - 1)).to(x0.device)
-        answer = model.answer(wide.diffuse(x0, eps), wide, cond)
-        error = (answer.float() - target(model.head, x0, eps, wide)).square().flatten(1).mean(1)
+        answer, *v = model.answer(wide.diffuse(x0, eps), wide, cond).float().chunk(1 + model.learned_variance, 1)
+        off, out = answer - target(model.head, x0, eps, wide), model.head.skip_out(wide)[1].to(answer)
+        error = off.square().flatten(1).mean(1)
         weight = loss_weight(model.head, level, self.weight(level, self.sigma_data)).to(error)
-        return Loss(weight * error, model.head.skip_out(level)[1].square().to(error) * error, level.lam)
+        loss = self.variance(weight * error, out * off, level, self.schedule, *v)
+        return Loss(loss, model.head.skip_out(level)[1].square().to(error) * error, level.lam)

@@ -11,7 +11,7 @@ from undiffuse.types import InputError
 
 _WANTED = {
     **dict.fromkeys(("steps", "batch"), "at least 1"),
-    **dict.fromkeys(("warmup", "weight_decay", "ema_gamma", "every"), "at least 0"),
+    **dict.fromkeys(("warmup", "weight_decay", "snapshots", "every"), "at least 0"),
     **dict.fromkeys(("decay", "cond_dropout"), "from 0 to 1"),
     "lr": "above 0",
     "clip": "above 0",
@@ -23,9 +23,10 @@ _WANTED = {
 class Plan:
     """How long and how fast.
 
-    `steps` of `batch` samples, over all processes ("auto": measured once, see `fit`); AdamW's peak rate `lr` after
-    `warmup` steps, falling as a cosine to zero over the last `decay` of the run; gradients clipped to norm `clip`;
-    `cond_dropout` is the share of samples trained without their condition; a checkpoint every `every` steps (0: none).
+    `steps` of `batch` samples, over all processes ("auto": measured once, see `fit`); the optimiser's peak rate `lr`
+    after `warmup` steps, falling as a cosine to zero over the last `decay` of the run; gradients clipped to norm
+    `clip`; `cond_dropout` is the share of samples trained without their condition; a checkpoint every `every` steps
+    (0: none). Averages of the weights are kept `snapshots` times (0: never), for one of any length afterwards.
     With `precision` bf16 or fp16 the network's matrix products and convolutions are in that precision, while weights,
     levels, the network's time input and the loss stay in float32. Raises InputError for impossible values.
     """
@@ -37,13 +38,13 @@ class Plan:
     decay: float = 0.3
     weight_decay: float = 0.0
     clip: float = 1.0
-    ema_gamma: float = 6.94
     cond_dropout: float = 0.15
     every: int = 500
+    snapshots: int = 0
     precision: Literal["float32", "bf16", "fp16"] = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "warmup", "every"):
+        for name in ("steps", "batch", "warmup", "every", "snapshots"):
             value = getattr(self, name)
             if not isinstance(value, int) and (name, value) != ("batch", "auto"):
                 raise InputError(f"train.{name} must be a whole number, got {value!r}")
@@ -55,9 +56,9 @@ class Plan:
             "decay": 0 <= self.decay <= 1,
             "weight_decay": self.weight_decay >= 0,
             "clip": self.clip > 0,
-            "ema_gamma": self.ema_gamma >= 0,
             "cond_dropout": 0 <= self.cond_dropout <= 1,
             "every": self.every >= 0,
+            "snapshots": self.snapshots >= 0,
             "precision": self.precision in ("float32", "bf16", "fp16"),
         }.items():
             if not ok:
