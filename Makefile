@@ -4,7 +4,7 @@ BIN := .venv/bin
 PEERS := .venv-peers/bin/python
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench bench-solvers bench-faults bench-scale bench-evaluate peers bench-training clean
+.PHONY: demo test lint bench bench-solvers bench-faults bench-scale bench-evaluate bench-quality peers bench-training clean
 .DEFAULT_GOAL := demo
 
 .venv/.base: pyproject.toml constraints.txt
@@ -61,6 +61,10 @@ bench-faults: .venv/.dev
 
 bench-evaluate: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluate.py
+
+bench-quality: .venv/.dev .venv-peers/.done
+	for p in diffusers-small lucidrains-small diffusers-small-1e-3 lucidrains-small-1e-3; do OMP_NUM_THREADS=1 $(PEERS) benchmarks/quality/peers.py --name $$p --seconds 1800 --out runs/quality || exit 1; done
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality/run.py
 
 bench-scale: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scale/run.py

@@ -3,23 +3,31 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from undiffuse import cli
+from undiffuse import Model, Spectrum, cli
+from undiffuse.config import Config
+from undiffuse.data import load_data
+from undiffuse.model import assemble, find_run, shipped
 
 TINY = ["net.width=16", "train.steps=6", "train.batch=16", "train.every=3", "train.warmup=0"]
 TINY += ["eval.every=0", "track=none"]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "tiny"
-    argv, sys.argv = sys.argv, ["undiffuse", "train", f"out={out}", "--json", *TINY, "eval.every=3", "track=auto"]
+NAMES = ("Sandal", "Bag", "T-shirt, top", "MU", "mu", *"abcde")
+
+
+def train_tiny(out, *words):
+    argv, sys.argv = sys.argv, ["undiffuse", "train", f"out={out}", "--json", *TINY, *words]
     try:
         with pytest.raises(SystemExit) as stop:
             cli.main()
@@ -27,6 +35,45 @@ def trained(tmp_path_factory):
         sys.argv = argv
     assert stop.value.code == 0
     return out
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train_tiny(tmp_path_factory.mktemp("runs") / "tiny", "eval.every=3", "track=auto")
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory):
+    """A run with two snapshots, whose own average is of a length that they keep."""
+    return train_tiny(tmp_path_factory.mktemp("runs") / "averaged", "train.snapshots=2", "ema.length=0.1")
+
+
+def put_model(run, seed=0):
+    """A folder with a finished model of digits with random weights and the classes NAMES."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = assemble(Config.resolve({"net": {"width": 16}}), Spectrum.measure(load_data("digits").x[:100]), 10)
+        for parameter in model.denoiser.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    replace(model, names=NAMES).save(run / "model")
+    return run
+
+
+@pytest.fixture
+def models(monkeypatch, tmp_path):
+    """A package that brings the models glyphs and marks, called from an empty folder."""
+    folder = tmp_path / "package" / "models"
+    for seed, name in enumerate(("glyphs", "marks")):
+        put_model(folder / name, seed)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("undiffuse.model.SHIPPED", folder)
+    monkeypatch.setattr("undiffuse.cli.SHIPPED", folder)
+    return folder
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_train_writes_a_run_folder_and_is_idempotent(trained, run):
@@ -146,8 +193,6 @@ def test_the_demo_does_not_overwrite_other_folders(run, tmp_path):
 
 
 def test_damaged_runs_are_refused_by_name(trained, run, tmp_path):
-    import shutil
-
     for damage, message in [
         (lambda m: (m / "model.json").unlink(), "model.json is missing"),
         (lambda m: (m / "spectrum.safetensors").write_bytes(b"x"), "truncated or changed"),
@@ -259,3 +304,208 @@ def test_certify_says_what_is_wrong(run, words, says):
     code, _, err = run("certify", *words)
     assert code == 2
     assert says in err
+
+
+FEW = ["sample.steps=2", "--json"]
+
+
+def test_a_model_that_comes_along_is_sampled_by_name_and_not_written_to(models, run):
+    before = contents(models)
+    code, out, err = run("sample", "glyphs", "--class", "sandal", "-n", 4, *FEW)
+    assert code == 0, err
+    assert json.loads(out)["file"] == "samples/glyphs/seed0-sandal-dpmpp-2m-2-w2.png"
+    assert list(contents(Path.cwd())) == [json.loads(out)["file"]]
+    run("sample", "glyphs", "--label", "0", "-n", 4, "--out", "a.npy", *FEW)
+    run("sample", "glyphs", "--class", "SANDAL", "-n", 4, "--out", "b.npy", *FEW)
+    direct = Model.load(models / "glyphs").sample(4, 0, steps=2)
+    assert np.array_equal(np.load("a.npy"), direct.numpy())
+    assert np.array_equal(np.load("b.npy"), direct.numpy())
+    assert contents(models) == before
+
+
+def test_a_path_goes_before_a_run_of_that_name_and_this_before_what_comes_along(models, run):
+    places = [models / "glyphs", Path("runs/glyphs"), Path("glyphs")]
+    kept = []
+    for seed, place in enumerate(places, 7):
+        if place.parent != models:
+            put_model(place, seed)
+        assert find_run("glyphs") == place
+        kept.append(Model.load("glyphs").sample(2, steps=2))
+        assert torch.equal(kept[-1], Model.load(place).sample(2, steps=2))
+        code, _, err = run("sample", "glyphs", "-n", 1, *FEW)
+        assert code == 0, err
+    assert not torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[1], kept[2])
+    pictures = {str(p.parent.relative_to(Path.cwd())) for p in Path.cwd().rglob("*.png")}
+    assert pictures == {"samples/glyphs", "runs/glyphs/samples", "glyphs/samples"}
+    assert find_run("marks") == models / "marks"
+    assert find_run("runs/glyphs") == Path("runs/glyphs")
+
+
+@pytest.mark.parametrize(("command", "words"), [("sample", FEW), ("info", []), ("sample", ["--out", "shards", *FEW])])
+def test_names_of_no_model_list_those_that_come_along(models, run, command, words):
+    assert shipped() == ("glyphs", "marks")
+    assert find_run("glyph") is None
+    code, _, err = run(command, "glyph", *words)
+    assert code == 2
+    assert "run folder glyph does not exist: train one with `undiffuse train out=glyph`" in err
+    assert "models that come along: glyphs, marks" in err
+    assert err.count("\n") == 1
+    Path("glyphs").mkdir()  # which is nearer than the model of that name
+    code, _, err = run(command, "glyphs", *words)
+    assert code == 2
+    assert "glyphs is no run folder" in err
+    Path("runs/marks").mkdir(parents=True)
+    Path("runs/marks/config.toml").touch()
+    code, _, err = run(command, "marks", *words)
+    assert code == 2
+    assert "marks has no finished model: run its training command again" in err
+    assert not Path("shards").exists()
+
+
+def test_info_tells_of_a_model_by_name_and_of_all_that_come_along(models, run):
+    code, out, _ = run("info", "marks", "--json")
+    assert code == 0
+    model = Model.load(models / "marks")
+    facts = json.loads(out)
+    assert (facts["run"], facts["parameters"], facts["classes"]) == ("marks", model.parameters, 10)
+    assert facts["shape"] == [1, 8, 8]
+    assert json.loads(run("info", "--json")[1])["models"] == ["glyphs", "marks"]
+    assert "models: glyphs, marks" in run("info")[1]
+
+
+def test_shards_by_name_are_those_of_the_models_folder(models, run):
+    before = contents(models)
+    for name, target in (("named", "marks"), ("told", models / "marks")):
+        code, _, err = run("sample", target, "--class", "bag,Sandal", "-n", 5, "--shard", 2, "--out", name, *FEW)
+        assert code == 0, err
+    assert contents(Path("named")) == contents(Path("told"))
+    assert len(list(Path("named").glob("*.safetensors"))) == 3
+    assert contents(models) == before
+    code, _, err = run("sample", "glyphs", "--class", "bag,Sandal", "-n", 5, "--shard", 2, "--out", "named", *FEW)
+    assert code == 2
+    assert "other settings: model was" in err
+
+
+def test_a_model_that_comes_along_is_evaluated_by_name_and_not_written_to(models, run):
+    before = contents(models)
+    words = ["--features", "pixels", "--likelihood", 0, "--over-steps", "", "--over-w", "", "sample.steps=2"]
+    code, out, err = run("evaluate", "glyphs", "-n", 60, *words, "--json")
+    assert code == 0, err
+    folder = Path(json.loads(out)["folder"])
+    assert folder.parent == Path("evaluations/glyphs")
+    assert (folder / "evaluation.json").is_file()
+    assert contents(models) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "classes"),
+    [
+        ("sandal", [0]),
+        ("SANDAL, bag", [0, 1]),
+        ("1,Sandal,1", [1, 0, 1]),
+        ("t-SHIRT, Top", [2]),
+        ("MU,mu", [3, 4]),
+        ("each", list(range(10))),
+    ],
+)
+def test_classes_are_named_in_small_letters_or_capitals_or_by_number(models, words, classes):
+    assert list(Model.load("glyphs").cycle(words)) == classes
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("Mu", "no class is named 'Mu': .*MU, mu"),
+        ("sandle", "no class is named 'sandle': did you mean 'Sandal'"),
+        ("SANDLE", "no class is named 'SANDLE': did you mean 'Sandal'"),
+        ("bag,sandle", "no class is named 'sandle'"),
+        ("10", "label 10 is out of range"),
+        ("", "no class is named ''"),
+    ],
+)
+def test_classes_that_a_model_does_not_know_are_refused(models, run, words, says):
+    code, _, err = run("sample", "glyphs", "--class", words, *FEW)
+    assert code == 2
+    assert re.search(says, err)
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_the_average_of_a_length_that_was_kept_is_the_runs_own(averaged, run, tmp_path):
+    own, rebuilt = Model.load(averaged), Model.load(averaged, ema=0.1)
+    assert (own.ema, rebuilt.ema) == (None, 0.1)
+    for mine, theirs in zip(rebuilt.denoiser.parameters(), own.denoiser.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-6)
+    short = Model.load(averaged, ema=0.05)
+    assert any(
+        not torch.allclose(a, b, atol=1e-5)
+        for a, b in zip(short.denoiser.parameters(), own.denoiser.parameters(), strict=True)
+    )
+    code, out, err = run("sample", averaged, "-n", 2, "--ema", 0.05, *FEW)
+    assert code == 0, err
+    assert json.loads(out)["file"] == str(averaged / "samples" / "seed0-any-dpmpp-2m-2-ema0.05.png")
+    code, _, _ = run("sample", averaged, "-n", 2, "--ema", 0.05, "--out", tmp_path / "x.npy", *FEW)
+    assert np.array_equal(np.load(tmp_path / "x.npy"), short.sample(2, steps=2).numpy())
+
+
+def test_shards_of_another_average_are_other_shards(averaged, run, tmp_path):
+    words = ["-n", 4, "--shard", 2, "--out", tmp_path / "s", *FEW]
+    code, _, err = run("sample", averaged, "--ema", 0.05, *words)
+    assert code == 0, err
+    (tmp_path / "s" / "shard-000001.safetensors").unlink()
+    assert json.loads(run("sample", averaged, "--ema", 0.05, *words)[1])["remade"] == 1
+    for other in ([], ["--ema", 0.1]):
+        code, _, err = run("sample", averaged, *other, *words)
+        assert code == 2
+        assert "ema" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["sample", "PLAIN", "--ema", 0.1], "has no snapshots to rebuild an average from: train with train.snapshots"),
+        (["evaluate", "PLAIN", "--ema", 0.1], "has no snapshots"),
+        (["sample", "glyphs", "--ema", 0.1], "has no snapshots"),
+        (["sample", "AVERAGED", "--ema", 0], r"ema.length must be in (0, 0.2887]"),
+        (["sample", "AVERAGED", "--ema", 0.3], "a share of the run, got 0.3"),
+        (["sample", "AVERAGED", "--ema", "nan"], "got nan"),
+        (["sample", "AVERAGED", "--ema", 0.28], "2 snapshots of lengths 0.1, 0.05 cannot give an average"),
+        (["sample", "AVERAGED", "--ema", "long"], "Invalid value for '--ema'"),
+        (["evaluate", "samples.npy", "data=digits", "--ema", 0.1], "--ema and --dry-run are for runs"),
+    ],
+)
+def test_averages_that_cannot_be_are_refused(words, says, models, trained, averaged, run):
+    np.save("samples.npy", np.zeros((4, 1, 8, 8), np.float32))
+    code, out, err = run(*({"PLAIN": trained, "AVERAGED": averaged}.get(word, word) for word in words))
+    assert code == 2, out
+    assert says in err
+    assert err.count("\n") == 1
+    assert [p.name for p in Path.cwd().iterdir()] == ["samples.npy"]
+
+
+def test_damaged_snapshots_are_refused_by_name(averaged, run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(averaged, copy)
+    (copy / "averages" / "step-3" / "0.05.safetensors").write_bytes(b"x")
+    assert run("sample", copy, "-n", 1, *FEW)[0] == 0
+    code, _, err = run("sample", copy, "-n", 1, "--ema", 0.1, *FEW)
+    assert code == 2
+    assert "step-3" in err
+    assert "0.05.safetensors" in err
+
+
+def test_a_rough_average_comes_with_a_warning(monkeypatch, averaged):
+    from undiffuse.train import Snapshots
+
+    exact = Snapshots.average
+    monkeypatch.setattr(Snapshots, "average", lambda *a: (exact(*a)[0], exact(*a)[1]._replace(error=0.07)))
+    with pytest.warns(UserWarning, match="average of length 0.1 to within 7 % only"):
+        Model.load(averaged, ema=0.1)
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "info"])
+def test_a_home_that_there_is_not_is_one_line(run, command):
+    code, _, err = run(command, "~nosuch/x")
+    assert code == 2
+    assert "'~nosuch/x' is neither a run folder" in err or "~nosuch/x does not exist" in err
+    assert err.count("\n") == 1

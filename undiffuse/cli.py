@@ -307,7 +307,7 @@ def _own_folder(run: str | Path, what: str) -> Path:
     """Where a run's files go unless it is said; what comes with the package is not written to."""
     found = find_run(run)
     assert found is not None  # the model was loaded from it
-    return Path(what) / found.name if found.parent == SHIPPED else found / what
+    return Path(what) / found.name if found.resolve().parent == SHIPPED.resolve() else found / what
 
 
 def _number(number: int | None, layer: dict[str, Any]) -> int | None:

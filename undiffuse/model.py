@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -35,9 +36,14 @@ def shipped() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in SHIPPED.glob("*/model")))
 
 
+def _expanded(target: str | Path) -> Path:
+    """The path with ~ replaced, where there is such a home."""
+    return Path(os.path.expanduser(target))
+
+
 def find_run(target: str | Path) -> Path | None:
     """The run folder that is meant: the path itself, else runs/NAME, else the model NAME that comes along; or None."""
-    here = Path(target).expanduser()
+    here = _expanded(target)
     for path in (here,) if here.exists() else (Path("runs") / target, SHIPPED / target):
         if (path / "model").is_dir() or (path / "config.toml").is_file():
             return path
@@ -99,8 +105,9 @@ class Model:
         try:
             number = int(name)
         except ValueError as error:
-            near = difflib.get_close_matches(name, self.names, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            folded = {known.casefold(): known for known in self.names}
+            near = difflib.get_close_matches(name.casefold(), folded, 1)
+            hint = f"did you mean {folded[near[0]]!r}? " if near else ""
             raise InputError(
                 f"no class is named {name!r}: {hint}this model knows the classes {known or numbers}"
                 + (f", or {numbers}" if known else "")
@@ -221,7 +228,7 @@ class Model:
         (train.snapshots). InputError says what is wrong with the folder or the length.
         """
         found = find_run(run)
-        if found is None and not Path(run).exists():
+        if found is None and not _expanded(run).exists():
             raise InputError(
                 f"run folder {run} does not exist: train one with `undiffuse train out={run}`, or take one of the "
                 f"models that come along: {', '.join(shipped())}"

@@ -63,6 +63,19 @@ class Spectrum:
         rest = float((total - values.sum()).clamp(min=0)) / (d - rank) if rank < d else 0.0
         return Spectrum(mean, values, basis.contiguous(), rest, tuple(x.shape[1:]))
 
+    def leading(self, rank: int) -> Spectrum:
+        """The first `rank` directions alone; the others share the mean of their variances as `rest`.
+
+        The same as `measure(x, rank)` of the same data, at a fraction of the memory. Raises InputError for rank < 1.
+        """
+        if rank < 1:
+            raise InputError(f"rank must be >= 1, got {rank}")
+        if self.basis is None or rank >= len(self.variances):
+            return self
+        others = self.mean.numel() - rank
+        beyond = float(self.variances[rank:].sum()) + self.rest * (self.mean.numel() - len(self.variances))
+        return Spectrum(self.mean, self.variances[:rank], self.basis[:rank].contiguous(), beyond / others, self.shape)
+
     @property
     def std(self) -> float:
         """The root of the mean variance of an element: what EDM calls sigma_data."""

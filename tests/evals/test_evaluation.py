@@ -602,7 +602,7 @@ def test_the_command(digits, run, tmp_path):
     assert set(found["curves"]) == {"steps", "w"}
     assert found["scores"]["digits"]["frechet"]["floor"]["value"] > 0
     assert found["classes"]["names"][:2] == ["0", "1"]
-    assert found["sampler"]["weights"].startswith("average of gamma")
+    assert found["sampler"]["weights"] == "average (power, length 0.1) after 30 steps"
     assert (tmp_path / "out" / "report.html").is_file()
     code, out, _ = run(
         "evaluate",

@@ -78,6 +78,20 @@ def test_low_rank_keeps_the_total_variance_and_equals_the_dense_formula():
     assert torch.allclose(var, torch.diagonal(cov - level.alpha * gain @ cov).expand(9, 6))
 
 
+def test_the_leading_directions_of_a_spectrum_are_those_measured_with_that_rank():
+    x = torch.randn(50, 2, 3) @ torch.diag(torch.tensor([3.0, 1.0, 0.2]))
+    whole, part = Spectrum.measure(x), Spectrum.measure(x, 4)
+    again = whole.leading(4)
+    assert torch.allclose(again.variances, part.variances)
+    assert torch.allclose(again.basis, part.basis)
+    assert (again.rest, again.std) == pytest.approx((part.rest, whole.std))
+    assert again.shape == (2, 3)
+    assert whole.leading(5).leading(3).rest == pytest.approx(whole.leading(3).rest)
+    assert whole.leading(6) is whole
+    with pytest.raises(InputError, match="rank must be >= 1"):
+        whole.leading(0)
+
+
 def test_large_data_takes_the_low_rank_path():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(60, 3, generator=g) @ torch.randn(3, 2100, generator=g)

@@ -54,6 +54,7 @@ def bulk(
     format: str = "safetensors",
     device: str = "auto",
     threads: int = 1,
+    ema: float | None = None,
     engine: str = "local",
     workers: int | None = None,
     progress: Progress | None = None,
@@ -61,13 +62,13 @@ def bulk(
     """n samples of a finished run as shards of `shard` samples in the folder `out`; the same call again completes it.
 
     Files hold x (k, *shape) float32 and label (k,), or PNGs (`format="png"`). `label` is a class by name or number,
-    several in turn as "0,1,2", or "each"; `settings` such as {"solver": "ddim", "sample": {"steps": 10}} win over the
-    run's. Under torchrun or `accelerate launch` the processes share the work; `engine="ray"` spreads it over `workers`
-    actors of Ray Data (default: one for each CPU or GPU). Sample k is bit-equal for all of these, on one kind of device
-    with `threads` threads a process. Raises InputError for settings that cannot be and for folders that are not this
+    several in turn as "0,1,2", or "each"; `ema` is the length of another average of the weights (`Model.load`);
+    `settings` such as {"solver": "ddim", "sample": {"steps": 10}} win over the run's. Under torchrun or `accelerate
+    launch` the processes share the work; `engine="ray"` spreads it over `workers` actors of Ray Data (default: one for
+    each CPU or GPU). Sample k is bit-equal for all of these, on one kind of device with `threads` threads a process. Raises InputError for settings that cannot be and for folders that are not this
     job's, NonFinite for samples that are not finite, Lost if another process failed, OSError for a full disk.
     """
-    model = Model.load(run)
+    model = Model.load(run, ema)
     settings = dict(settings or {})
     if n is not None:
         settings["sample"] = {**settings.get("sample", {}), "n": n}
