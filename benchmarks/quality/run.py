@@ -160,7 +160,7 @@ def minutes(n: int = 2000) -> str:
 MINUTES = (
     "Fashion-MNIST 28x28, class-conditional, 30 CPU-minutes of training each, one thread; the peers by "
     "`benchmarks/quality/peers.py`, ours by `recipes/models.py`: it is the model that is shipped. Features and "
-    "accuracy are those of the project's own classifier. Peers sample with their own DDIM in 50 steps, ours in 20 steps."
+    "accuracy are those of the project's own classifier. Peers sample by their own DDIM in 50 steps, ours in 20."
 )
 
 
