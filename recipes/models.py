@@ -72,7 +72,7 @@ def make(name: str, path: str | None, runs: Path = Path("runs/models")) -> None:
 
 def check(name: str, n: int = 1000) -> None:
     """Print the share of samples that the data's own classifier reads as the class asked for."""
-    model = Model.load(name)
+    model = Model.load(SHIPPED / name)
     judge = load_classifier(model.config.values["data"]["name"])
     asked = torch.arange(n) % model.classes
     for w in (1.0, 2.0):

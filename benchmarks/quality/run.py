@@ -134,11 +134,11 @@ def minutes(n: int = 2000) -> str:
     import torch
     from score import labels, scores
 
-    from undiffuse.model import Model
+    from undiffuse.model import SHIPPED, Model
 
     made = {}
     clock = ROOT.parent / "models" / "fashion" / "cpu.json"
-    model = Model.load("fashion")
+    model = Model.load(SHIPPED / "fashion")
     for w in (1.0, 2.0):
         made["undiffuse", w] = model.sample(n, labels(n), guidance=w), labels(n)
     facts = {"undiffuse": [f"{model.parameters:,}", f"{float(clock.read_text()):.0f}" if clock.is_file() else "-"]}
