@@ -34,7 +34,7 @@ COMMON = """
 UNET = "net.kind=unet net.patch=2 net.width=48 net.mults=[1,2] net.depth=1"
 RECIPES = {
     "digits": "data=digits net.kind=unet net.patch=2 net.width=64 net.mults=[1] train.steps=1500 train.batch=64",
-    "mnist": f"data=mnist {UNET} train.steps=6500 train.batch=64",
+    "mnist": f"data=mnist {UNET} train.steps=4000 train.batch=64",
     "fashion": f"data=fashion-mnist {UNET} train.steps=6500 train.batch=64",
 }
 

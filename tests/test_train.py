@@ -872,6 +872,15 @@ def test_snapshots_and_all_averages_of_a_run_go_on_bit_for_bit(tmp_path):
     assert not all(torch.allclose(state[k], v, atol=1e-4) for k, v in ema.average.named_parameters())
 
 
+def test_snapshots_without_an_average_by_the_power_rule_are_refused(tmp_path):
+    model = unet()
+    states = train(
+        model, POINTS, Objective(VP()), PLAN, cond=LABELS, ema=EMA(model, Classic()), snapshots=Snapshots(tmp_path)
+    )
+    with pytest.raises(InputError, match=r"averages by the power rule.*Classic.*add Power"):
+        next(states)
+
+
 def test_a_scheduler_of_torch_takes_the_place_of_the_plans_rate(tmp_path):
     def go(folder, stop=None):
         rates, model = [], Denoiser(Net(), V())

@@ -153,6 +153,14 @@ class Snapshots:
             raise InputError(f"snapshots must be >= 1, got {count}: 16 rebuild lengths of 0.03 to 0.2 to within 5 %")
         self.root, self.count = Path(root), count
 
+    def check(self, ema: EMA) -> None:
+        """InputError for an EMA that has no average by the power rule to keep."""
+        if not any(isinstance(p, Power) for p in ema.profiles):
+            raise InputError(
+                f"snapshots keep averages by the power rule, and this EMA has {ema.profiles}: add Power(0.05) and "
+                "Power(0.10)"
+            )
+
     def due(self, step: int, steps: int) -> bool:
         """Whether the averages are kept after this step of so many: at `count` steps in equal distances, or all."""
         return step * self.count // steps > (step - 1) * self.count // steps

@@ -126,6 +126,8 @@ def train(
         raise InputError(f"train takes a tensor x (n, ...) or a Feed, got {type(data).__name__}: torch.as_tensor(x)?")
     model.to(processes.device)
     ema = ema or EMA(model)
+    if snapshots is not None:
+        snapshots.check(ema)
     for average in ema.averages:
         average.to(processes.device)
     with contextlib.ExitStack() as stack:

@@ -167,6 +167,14 @@ class EDMWeight:
 
 
 @dataclass(frozen=True)
+class TruncatedSNRWeight:
+    """max(SNR, 1) on x0's error: SNR, held up where there is mostly noise (Salimans and Ho 2022, section 4)."""
+
+    def __call__(self, level: Level, sigma_data: float) -> Tensor:
+        return _snr(level).clamp(min=1)
+
+
+@dataclass(frozen=True)
 class MinSNRWeight:
     """min(SNR, gamma) on x0's error, which is min(SNR, gamma) / SNR on eps (Hang et al. 2023, arXiv 2303.09556).
 
@@ -248,6 +256,7 @@ WEIGHTS: dict[str, Callable[..., Callable[[Level, float], Tensor]]] = {
     "x0": X0Weight,
     "v": VWeight,
     "flow": FlowWeight,
+    "truncated-snr": TruncatedSNRWeight,
     "min-snr": MinSNRWeight,
     "p2": P2Weight,
     "sigmoid": SigmoidWeight,
