@@ -646,7 +646,12 @@ def main() -> None:
 
 def _warn(message: object, *_: object, **__: object) -> None:
     if _main_process():
-        print(f"warning: {message}", file=sys.stderr)
+        _line(f"warning: {message}")
+
+
+def _line(text: str) -> None:
+    """A line on stderr in one write, so that what a thread says at the same time does not run into it."""
+    sys.stderr.write(f"{text}\n")
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
@@ -668,5 +673,5 @@ def _main_process() -> bool:
 
 def _fail(message: str, code: int) -> int:
     where = "" if _main_process() else f" (process {os.environ['RANK']})"
-    print(f"error{where}: {message}", file=sys.stderr)
+    _line(f"error{where}: {message}")
     return code
