@@ -9,7 +9,6 @@ The shipped weights are what OMP_NUM_THREADS=1 gave; another processor or number
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -17,6 +16,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from arguments import given
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import affine_grid, avg_pool2d, cross_entropy, grid_sample, interpolate, pad
@@ -25,7 +25,6 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from undiffuse.data import materialise, open_source, split
 from undiffuse.evals.classifier import CLASSIFIERS, WEIGHTS, Classifier, Pinned, load_classifier
-from undiffuse.types import InputError
 
 LARGEST = 2_000_000
 FRESH = 5  # distorted views of each emoji in its test
@@ -204,21 +203,13 @@ def check(name: str, data: Task) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(RECIPES)}; all if none is given")
-    parser.add_argument("--check", action="store_true", help="measure the shipped weights")
-    parser.add_argument("--path", help="the folder of the data (emoji: the font file); with one name")
-    given = parser.parse_args()
-    if unknown := set(given.names) - set(RECIPES):
-        parser.error(f"no recipe for {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
-    if given.path and len(given.names) != 1:
-        parser.error("--path belongs to one name")
-    for name in given.names or RECIPES:
-        try:
-            data = task(name, given.path)
-        except InputError as error:
-            parser.error(str(error))
-        if given.check:
+    asked, mistakes = given(
+        __doc__, RECIPES, "measure the shipped weights", "the folder of the data (emoji: the font file)"
+    )
+    for name in asked.names:
+        with mistakes():
+            data = task(name, asked.path)
+        if asked.check:
             check(name, data)
         else:
             net = train(name, data)

@@ -10,7 +10,6 @@ number of threads rounds otherwise. CPU seconds are those of the whole process, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import time
@@ -18,12 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from arguments import given
 
 from undiffuse.config import Config, parse_overrides
 from undiffuse.evals.classifier import load_classifier
 from undiffuse.fit import fit
 from undiffuse.model import SHIPPED, Model
-from undiffuse.types import InputError
 
 LARGEST = 10_000_000
 RANK = 64  # directions of the data's spectrum that are shipped
@@ -86,23 +85,10 @@ def check(name: str, n: int = 1000) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(RECIPES)}; all if none is given")
-    parser.add_argument("--check", action="store_true", help="measure the shipped models")
-    parser.add_argument("--path", help="the folder of the data; with one name")
-    given = parser.parse_args()
-    if unknown := set(given.names) - set(RECIPES):
-        parser.error(f"no recipe for {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
-    if given.path and len(given.names) != 1:
-        parser.error("--path belongs to one name")
-    for name in given.names or RECIPES:
-        try:
-            if given.check:
-                check(name)
-            else:
-                make(name, given.path)
-        except InputError as error:
-            parser.error(str(error))
+    asked, mistakes = given(__doc__, RECIPES, "measure the shipped models", "the folder of the data")
+    for name in asked.names:
+        with mistakes():
+            check(name) if asked.check else make(name, asked.path)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from tests.group import together
+from tests.runs import Scaled
 from undiffuse import VP, Denoiser, InputError, V
 from undiffuse.train import EMA, Checkpoints, Engine, Gradient, Objective, Plan, Processes, train
 from undiffuse.train.draws import DRAWS, Adaptive, Stratified, _Learner, warp
@@ -139,7 +139,7 @@ def test_the_variance_of_the_batchs_loss_falls_by_the_closed_form():
 
 @pytest.mark.parametrize("micro", [1, 3, 8])
 def test_the_gradient_has_the_weights_and_the_losses_have_not(micro):
-    objective, model = Objective(VP()), Denoiser(Net(), V())
+    objective, model = Objective(VP()), Denoiser(Scaled(), V())
     x0, eps = torch.randn(2, 8, 3)
     drawn = objective.draw(8)
     drawn = Drawn(drawn.level, torch.linspace(0.2, 5.0, 8).double(), drawn.u)
@@ -152,17 +152,6 @@ def test_the_gradient_has_the_weights_and_the_losses_have_not(micro):
         assert torch.allclose(p.grad, g, rtol=1e-5)
 
 
-class Net(nn.Module):
-    """Two parameters: a step takes no time."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.full((3,), 0.5)), nn.Parameter(torch.full((3,), -0.2))
-
-    def forward(self, x, time, cond):
-        return self.a * x + self.b
-
-
 QUICK = Adaptive(bins=4, floor=0.2, memory=4)  # knows all bins after a few steps
 PLAN = Plan(steps=12, batch=8, lr=1e-2, warmup=2, every=3)
 
@@ -171,7 +160,7 @@ def run(draws=QUICK, root=None, stop=None, plan=PLAN):
     """The losses and levels by step of a run, to its end or to step `stop`."""
     x = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
     checkpoints, found = None if root is None else Checkpoints(root), {}
-    model = Denoiser(Net(), V())
+    model = Denoiser(Scaled(), V())
     for state in train(
         model, x, Objective(VP(), draws=draws), plan, seed=3, checkpoints=checkpoints, ema=EMA(model),
         processes=Processes.start("cpu"),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
+from tests.runs import Scaled
 from undiffuse import (
     VP,
     X0,
@@ -57,17 +58,6 @@ from undiffuse.train.objective import LogNormal
 from undiffuse.watch import loss_by_level
 
 
-class Net(nn.Module):
-    """Two parameters and no dropout: a step takes no time."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.full((3,), 0.5)), nn.Parameter(torch.full((3,), -0.2))
-
-    def forward(self, x, time, cond):
-        return self.a * x + self.b
-
-
 class Spy(nn.Module):
     """Notes what it is given; at lam = 20 that is the data."""
 
@@ -95,7 +85,7 @@ def unet(weights=0, dropout=0.3, vector=3):
 
 def simple(plan, x=None, net=None, head=None, **kw):
     """A run of a tiny network on data of three elements: its model and its generator."""
-    model = Denoiser(Net() if net is None else net, head or V())
+    model = Denoiser(Scaled() if net is None else net, head or V())
     x = torch.randn(16, 3, generator=torch.Generator().manual_seed(1)) if x is None else x
     return model, train(model, x, Objective(VP()), plan, **kw)
 
@@ -179,7 +169,7 @@ def test_eight_points_are_learned_by_heart():
 
 
 def test_the_average_in_the_loop_is_the_power_rule_over_its_own_weights():
-    model, states = simple(replace(PLAN, lr=0.1, warmup=0), ema=(ema := EMA(Denoiser(Net(), V()), Power(0.15))))
+    model, states = simple(replace(PLAN, lr=0.1, warmup=0), ema=(ema := EMA(Denoiser(Scaled(), V()), Power(0.15))))
     ema.module = model
     path = torch.stack([model.net.a.detach().clone() for _ in states]).double()
     share = (torch.arange(10).double() / 9).pow(Power(0.15).gamma + 1).diff()
@@ -320,7 +310,7 @@ def test_any_identity_that_json_takes_recognises_its_own_run(identity, tmp_path)
 @pytest.mark.parametrize("first", ["compiled", "plain"])
 def test_compiled_and_plain_runs_go_on_from_each_other(first, tmp_path):
     plan = Plan(steps=3, batch=4, every=1)
-    nets = {"compiled": torch.compile(Net(), backend="eager"), "plain": Net()}
+    nets = {"compiled": torch.compile(Scaled(), backend="eager"), "plain": Scaled()}
     for name in sorted(nets, key=first.__ne__):
         for state in simple(plan, net=nets[name], checkpoints=Checkpoints(tmp_path))[1]:
             if name == first and state.step == 2:
@@ -329,7 +319,7 @@ def test_compiled_and_plain_runs_go_on_from_each_other(first, tmp_path):
 
 
 def test_tied_weights_are_saved(tmp_path):
-    net = Net()
+    net = Scaled()
     net.b = net.a
     plan = Plan(steps=2, batch=4, every=1)
     assert len(list(simple(plan, net=net, checkpoints=Checkpoints(tmp_path))[1])) == 2
@@ -349,14 +339,14 @@ def test_impossible_runs_are_refused_before_they_start(tmp_path):
         (torch.zeros(4, 3), torch.zeros(4), "cond must be a Cond"),
     ):
         with pytest.raises(InputError, match=why):
-            next(train(Denoiser(Net(), V()), x, Objective(VP()), PLAN, cond=cond))
+            next(train(Denoiser(Scaled(), V()), x, Objective(VP()), PLAN, cond=cond))
     for values in ({"steps": 1.5}, {"batch": "many"}, {"every": 0.5}):
         with pytest.raises(InputError, match="must be a whole number"):
             Plan(**values)
     with pytest.raises(InputError, match="3 rows for 16"):
         next(simple(PLAN, cond=Label(3)([0, 1, 2]))[1])
     with pytest.raises(InputError, match="Eps head"):
-        next(train(Denoiser(Net(), Eps()), torch.zeros(4, 3), Objective(Cosine()), PLAN))
+        next(train(Denoiser(Scaled(), Eps()), torch.zeros(4, 3), Objective(Cosine()), PLAN))
 
 
 # fit and run folders
@@ -883,7 +873,7 @@ def test_snapshots_without_an_average_by_the_power_rule_are_refused(tmp_path):
 
 def test_a_scheduler_of_torch_takes_the_place_of_the_plans_rate(tmp_path):
     def go(folder, stop=None):
-        rates, model = [], Denoiser(Net(), V())
+        rates, model = [], Denoiser(Scaled(), V())
         for state in train(
             model, POINTS[..., :3], Objective(VP()), PLAN, scheduler=lambda o: OneCycleLR(o, 0.3, total_steps=20),
             seed=5, checkpoints=Checkpoints(folder),

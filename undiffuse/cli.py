@@ -39,7 +39,7 @@ from undiffuse.evaluation import report
 from undiffuse.evaluation.open import data_of_run, data_of_samples
 from undiffuse.fit import fit
 from undiffuse.guide import CFG
-from undiffuse.model import SHIPPED, Model, find_run, shipped
+from undiffuse.model import SHIPPED, Model, find_run, run_folder, shipped
 from undiffuse.tableau import Tableau
 from undiffuse.train import Lost, NonFinite, Preempted, Processes, Signals, TrainState
 from undiffuse.types import InputError
@@ -305,8 +305,7 @@ def sample(
 
 def _own_folder(run: str | Path, what: str) -> Path:
     """Where a run's files go unless it is said; what comes with the package is not written to."""
-    found = find_run(run)
-    assert found is not None  # the model was loaded from it
+    found = run_folder(run)
     return Path(what) / found.name if found.resolve().parent == SHIPPED.resolve() else found / what
 
 

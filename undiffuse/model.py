@@ -50,6 +50,19 @@ def find_run(target: str | Path) -> Path | None:
     return None
 
 
+def run_folder(run: str | Path) -> Path:
+    """The folder that `find_run` finds; InputError where there is none."""
+    found = find_run(run)
+    if found is None and not _expanded(run).exists():
+        raise InputError(
+            f"run folder {run} does not exist: train one with `undiffuse train out={run}`, or take one of the "
+            f"models that come along: {', '.join(shipped())}"
+        )
+    if found is None:
+        raise InputError(f"{run} is no run folder: train one with `undiffuse train out=FOLDER`")
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A denoiser (averaged weights, eval mode), the schedule it was trained on, its number of classes (0: none), the
@@ -227,14 +240,7 @@ class Model:
         `ema` takes the weights' average of that length instead, in (0, 0.2887], rebuilt from the run's snapshots
         (train.snapshots). InputError says what is wrong with the folder or the length.
         """
-        found = find_run(run)
-        if found is None and not _expanded(run).exists():
-            raise InputError(
-                f"run folder {run} does not exist: train one with `undiffuse train out={run}`, or take one of the "
-                f"models that come along: {', '.join(shipped())}"
-            )
-        if found is None:
-            raise InputError(f"{run} is no run folder: train one with `undiffuse train out=FOLDER`")
+        found = run_folder(run)
         folder = found / "model"
         if not folder.is_dir():
             raise InputError(

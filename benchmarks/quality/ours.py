@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from score import CLASSES, ROOT, accuracy, labels, scores
+from score import CLASSES, ROOT, accuracy, features, labels, scores
 
 from undiffuse import Denoiser, Label, Spectrum
 from undiffuse.config import Config, parse_overrides
@@ -119,7 +119,7 @@ def main() -> None:
     model, ema, facts = trained(config, seconds)
     found = {"name": name, "seed": seed, "seconds": seconds, "words": SETTINGS[name], **facts}
     found["w1"] = scores(drawn(model, ema.average, 1000, 1.0), labels(1000))
-    found["w2"] = accuracy(drawn(model, ema.average, 1000, 2.0), labels(1000))
+    found["w2"] = accuracy(features(drawn(model, ema.average, 1000, 2.0)), labels(1000))
     if "ema" in sys.argv[4:]:
         for length, average in zip(LENGTHS, ema.averages[1:], strict=True):
             found[f"ema {length:g}"] = scores(drawn(model, average, 1000, 1.0), labels(1000))

@@ -41,10 +41,9 @@ def real() -> Tensor:
     return found
 
 
-def accuracy(x: Tensor, labels: Tensor) -> float:
-    """The share of samples that the classifier reads as the class that was asked for."""
-    with torch.no_grad():
-        return float((_judge().head(features(x)).argmax(1) == labels).float().mean())
+def accuracy(fake: Tensor, labels: Tensor) -> float:
+    """The share of samples with these features that the classifier reads as the class that was asked for."""
+    return float((_judge().head(fake).argmax(1) == labels).float().mean())
 
 
 def scores(x: Tensor, labels: Tensor) -> dict[str, float]:
@@ -54,7 +53,7 @@ def scores(x: Tensor, labels: Tensor) -> dict[str, float]:
     found = {name: METRICS[name].measure(real(), fake, 0).value for name in ("frechet", "kernel")}
     found["kernel"] *= 1000
     found |= {name: METRICS[name].measure(real()[: len(fake)], fake, 0).value for name in ("precision", "recall")}
-    return found | {"accuracy": accuracy(x, labels)}
+    return found | {"accuracy": accuracy(fake, labels)}
 
 
 def labels(n: int) -> Tensor:

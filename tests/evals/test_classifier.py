@@ -22,7 +22,11 @@ def recipes():
     path = Path(__file__).parents[2] / "recipes" / "features.py"
     spec = importlib.util.spec_from_file_location("features_recipe", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look it up
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(path.parent))  # as of a script, which has its neighbours
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
     return module
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from undiffuse.config import DEFAULTS, Config
-from undiffuse.model import Model, find_run
+from undiffuse.model import Model, run_folder
 from undiffuse.train import MANIFEST
 from undiffuse.types import InputError
 
@@ -111,8 +111,7 @@ def plan(
     if device not in ("cpu", "cuda") or (device == "cuda" and not cuda):
         raise InputError(f"device {device!r} is not to be had here: give {'cpu or cuda' if cuda else 'cpu'}")
     kept = {key: values[key] for key in SETTINGS}
-    found = find_run(run)
-    assert found is not None  # the model was loaded from it
+    found = run_folder(run)
     where = found.resolve(), Path(out).resolve(), fingerprint(found), model.ema
     return Job(*where, kept, model.cycle(label), model.classes, shard, format, device, threads)
 

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, rms_norm, scaled_dot_product_attention, silu
 
+from undiffuse.types import InputError
+
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+
+def check_settings(
+    fine: bool,
+    net: str,
+    needs: str,
+    dims: int,
+    numbers: Mapping[str, int | Sequence[int]],
+    vector: int,
+    augment: int,
+    dropout: float,
+) -> None:
+    """InputError unless `fine`, all are whole numbers, dims from 1 to 3, widths of conditions >= 0, dropout in [0, 1).
+
+    `needs` says what makes the network's own `numbers` fine.
+    """
+    every = [n for v in (*numbers.values(), vector, augment) for n in (v if isinstance(v, Sequence) else (v,))]
+    if dims not in CONV or not all(isinstance(n, int) for n in every) or not fine or min(vector, augment) < 0:
+        got = {"dims": dims, **numbers, "vector": vector, "augment": augment}
+        raise InputError(
+            f"{net} needs whole numbers: dims 1 to 3; {needs}; vector and augment >= 0. "
+            f"Got {', '.join(f'{name}={value}' for name, value in got.items())}"
+        )
+    if not 0 <= dropout < 1:
+        raise InputError(f"{net} dropout must be in [0, 1), got {dropout}")
 
 
 def zero(module: nn.Module) -> nn.Module:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, pad
 
-from undiffuse.nets.blocks import CONV, attend, cropped, padded, shuffle, unshuffle, zero
+from undiffuse.nets.blocks import attend, check_settings, cropped, padded, shuffle, unshuffle, zero
 from undiffuse.nets.embed import Embedding, check_input, sines
-from undiffuse.types import InputError
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -68,16 +67,12 @@ class DiT(nn.Module):
         augment: int = 0,
     ) -> None:
         super().__init__()
-        whole = all(isinstance(n, int) for n in (channels, width, depth, heads, patch, expand, vector, augment))
-        least = whole and min(channels, depth, patch, expand) >= 1 and min(heads, vector, augment) >= 0
-        if dims not in CONV or not least or width < 8 or width % 2 or (heads and width % heads):
-            raise InputError(
-                "DiT needs whole numbers: dims 1 to 3; channels, depth, patch, expand >= 1; an even width >= 8 that "
-                f"heads divide; vector and augment >= 0. Got dims={dims}, channels={channels}, depth={depth}, "
-                f"patch={patch}, expand={expand}, width={width}, heads={heads}, vector={vector}, augment={augment}"
-            )
-        if not 0 <= dropout < 1:
-            raise InputError(f"DiT dropout must be in [0, 1), got {dropout}")
+        least = min(channels, depth, patch, expand) >= 1 and heads >= 0 and width >= 8
+        even = width % 2 == 0 and (heads < 1 or width % heads == 0)
+        numbers = {"channels": channels, "depth": depth, "patch": patch, "expand": expand}
+        numbers |= {"width": width, "heads": heads}
+        needs = "channels, depth, patch, expand >= 1; an even width >= 8 that heads divide"
+        check_settings(least and even, "DiT", needs, dims, numbers, vector, augment, dropout)
         heads = heads or max(h for h in range(1, max(1, width // 64) + 1) if width % h == 0)
         self.channels, self.dims, self.patch = channels, dims, patch
         inside = channels * patch**dims

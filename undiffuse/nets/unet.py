@@ -9,7 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from undiffuse.nets.blocks import CONV, Down, Stage, Up, cropped, group_norm, padded, shuffle, unshuffle, zero
+from undiffuse.nets.blocks import (
+    CONV,
+    Down,
+    Stage,
+    Up,
+    check_settings,
+    cropped,
+    group_norm,
+    padded,
+    shuffle,
+    unshuffle,
+    zero,
+)
 from undiffuse.nets.embed import Embedding, check_input
 from undiffuse.types import InputError
 
@@ -43,16 +55,10 @@ class UNet(nn.Module):
         augment: int = 0,
     ) -> None:
         super().__init__()
-        whole = all(isinstance(n, int) for n in (channels, width, depth, patch, vector, augment, *mults))
-        least = whole and bool(mults) and min(channels, depth, patch, *mults) >= 1 and min(vector, augment) >= 0
-        if dims not in CONV or not least or width < 8:
-            raise InputError(
-                "UNet needs whole numbers: dims 1 to 3; channels, depth, patch, mults >= 1; width >= 8; vector and "
-                f"augment >= 0. Got dims={dims}, channels={channels}, depth={depth}, patch={patch}, "
-                f"mults={tuple(mults)}, width={width}, vector={vector}, augment={augment}"
-            )
-        if not 0 <= dropout < 1:
-            raise InputError(f"UNet dropout must be in [0, 1), got {dropout}")
+        least, mults = bool(mults) and min(channels, depth, patch, *mults) >= 1 and width >= 8, tuple(mults)
+        numbers: dict[str, Any] = {"channels": channels, "depth": depth, "patch": patch, "mults": mults, "width": width}
+        needs = "channels, depth, patch, mults >= 1; width >= 8"
+        check_settings(least, "UNet", needs, dims, numbers, vector, augment, dropout)
         if any(level not in range(len(mults)) for level in attention):
             raise InputError(f"UNet attention names levels {tuple(attention)}; there are 0 ... {len(mults) - 1}")
         self.channels, self.dims, self.patch = channels, dims, patch

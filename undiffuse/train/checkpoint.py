@@ -157,6 +157,11 @@ def is_shard(value: Tensor) -> bool:
     return hasattr(value, "full_tensor")
 
 
+def takes_part(module: nn.Module, main: bool) -> bool:
+    """Whether this process is needed to save a module: the main one, and all of them where parameters are shards."""
+    return main or any(is_shard(p) for p in module.parameters())
+
+
 def whole(value: Tensor) -> Tensor:
     """The full tensor on the CPU, gathered from all processes where this one holds a shard of it."""
     full: Tensor = value.full_tensor() if is_shard(value) else value  # type: ignore[attr-defined]

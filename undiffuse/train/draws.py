@@ -38,16 +38,17 @@ class Draws(Protocol):
     def start(self) -> Drawer: ...
 
 
-class _Blind:
-    """Draws that learn nothing, and so are their own drawer."""
+@dataclass(frozen=True)
+class Independent:
+    """Every sample's u by itself, a function of its global index: a run's levels are the same for every batch size."""
 
     def start(self) -> Drawer:
-        """Itself."""
+        """Itself: there is nothing to learn."""
         return self
 
     def __call__(self, b: int, seed: int, step: int) -> Quantiles:
         """The quantiles of a step's b samples, all of weight 1."""
-        u = self._u(b, seed, step)
+        u = uniform(seed_of(seed, 4), torch.arange((step - 1) * b, step * b))
         return Quantiles(u, torch.ones_like(u))
 
     def learn(self, u: Tensor, loss: Tensor) -> None:
@@ -57,26 +58,17 @@ class _Blind:
         """Nothing."""
         return {}
 
-    def _u(self, b: int, seed: int, step: int) -> Tensor:
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
-class Independent(_Blind):
-    """Every sample's u by itself, a function of its global index: a run's levels are the same for every batch size."""
-
-    def _u(self, b: int, seed: int, step: int) -> Tensor:
-        return uniform(seed_of(seed, 4), torch.arange((step - 1) * b, step * b))
-
-
-@dataclass(frozen=True)
-class Stratified(_Blind):
+class Stratified(Independent):
     """One u from each of b equal slices of (0, 1), in random order: the same marginal with less variance (Kingma et
     al. 2021, appendix I)."""
 
-    def _u(self, b: int, seed: int, step: int) -> Tensor:
+    def __call__(self, b: int, seed: int, step: int) -> Quantiles:
+        """The quantiles of a step's b samples, all of weight 1."""
+        u, weight = super().__call__(b, seed, step)
         order = torch.randperm(b, generator=torch.Generator().manual_seed(seed_of(seed, 5, step)))
-        return (order + Independent()._u(b, seed, step)) / b
+        return Quantiles((order + u) / b, weight)
 
 
 @dataclass(frozen=True)

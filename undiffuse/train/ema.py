@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from undiffuse.train.checkpoint import Checkpoints, commit, is_shard, verify, weights
+from undiffuse.train.checkpoint import Checkpoints, commit, is_shard, takes_part, verify, weights
 from undiffuse.train.processes import Processes
 from undiffuse.types import InputError
 
@@ -170,7 +170,7 @@ class Snapshots:
         pairs = zip(ema.profiles, ema.averages, strict=True)
         kept = {p.length: a for p, a in pairs if isinstance(p, Power)}
         parts: dict[float, dict[str, Tensor]] = {}
-        if processes.main or any(is_shard(p) for p in ema.module.parameters()):
+        if takes_part(ema.module, processes.main):
             parts = {length: weights(average) for length, average in kept.items()}
         about = {"lengths": list(kept), "buffers": [name for name, _ in ema.average.named_buffers()]}
 

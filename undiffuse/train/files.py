@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from undiffuse.train.checkpoint import Checkpoints, is_shard, load_weights, weights, whole, whole_like
+from undiffuse.train.checkpoint import Checkpoints, load_weights, takes_part, weights, whole, whole_like
 from undiffuse.train.ema import EMA
 from undiffuse.train.plan import same_settings
 from undiffuse.train.processes import Processes
@@ -37,7 +37,7 @@ class Files:
     def save(self, checkpoints: Checkpoints, step: int, processes: Processes) -> None:
         """Commit the state; every process takes part where parameters are shards, the main one writes."""
         parts: dict[str, dict[str, Tensor]] = {}
-        if processes.main or any(is_shard(p) for p in self.model.parameters()):
+        if takes_part(self.model, processes.main):
             parts = {"model": weights(self.model), "optimiser": self._moments()}
             parts |= {name: weights(average) for name, average in self._averages().items()}
         if self.also:
