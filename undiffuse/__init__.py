@@ -64,8 +64,7 @@ from undiffuse.solvers import (
 from undiffuse.spectrum import Spectrum
 from undiffuse.tableau import Tableau, trace
 from undiffuse.types import Denoise, InputError
-
-__version__ = "0.1.0"
+from undiffuse.version import __version__ as __version__
 
 
 def __getattr__(name: str) -> object:

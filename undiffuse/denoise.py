@@ -41,7 +41,9 @@ class Denoiser(nn.Module):
                 f"a {name} head cannot start at pure noise (alpha = 0): it does not determine x0 there. "
                 "Sample on a schedule that ends at alpha > 0, or train with a v, flow, x0 or edm head"
             )
-        time = self.head.time(level).to(device=x.device, dtype=torch.float32).reshape(-1).expand(x.shape[0])
+        time, each = self.head.time(level), torch.zeros(x.shape[0], device=x.device)
+        # a number is added by the kernel; copied to the device it would be waited for
+        time = each + (time.to(each).reshape(-1) if time.ndim else time)
         return self.net((self.head.c_in(level) * x).to(self._dtype(x)), time, cond)
 
     def _dtype(self, x: Tensor) -> torch.dtype:

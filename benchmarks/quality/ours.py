@@ -33,6 +33,7 @@ SETTINGS: dict[str, str] = {
     # what each option is worth
     "edm-levels": "levels=log-normal",
     "edm2-levels": "levels.kind=log-normal levels.mean=-0.4 levels.std=1.0",
+    "wide": "levels.lam_max=4.5",
     "adamw": "optimiser=adamw train.lr=2e-3",
     "independent": "draws=independent",
     "adaptive": "draws=adaptive",
@@ -103,10 +104,12 @@ def trained(config: Config, seconds: float) -> tuple[Model, EMA, dict[str, float
 
 
 def drawn(model: Model, average: torch.nn.Module, n: int, w: float) -> torch.Tensor:
-    """Samples of every class in turn, by the configuration's own solver."""
+    """Samples of every class in turn, by the configuration's own solver, on the GPU where there is one."""
     assert isinstance(average, Denoiser)
-    with torch.autocast("cpu", torch.bfloat16):
-        return replace(model, denoiser=average).sample(n, labels(n), guidance=w, seed=7, batch=250, rows=0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.autocast(device, torch.bfloat16):
+        model = replace(model, denoiser=average.to(device))
+        return model.sample(n, labels(n), guidance=w, seed=7, batch=250, rows=0).cpu()
 
 
 def main() -> None:

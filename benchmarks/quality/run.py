@@ -11,8 +11,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -25,6 +25,15 @@ BUDGETS = (60, 180, 600)
 START = {60: (0.48, 0.70), 180: (0.73, 0.91), 600: (0.78, 0.95)}  # class accuracy at w = 1 and 2 of the starting point
 
 
+class Cell(NamedTuple):
+    """One training; `more` are words for `ours.py`."""
+
+    name: str
+    seed: int
+    seconds: int
+    more: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Study:
     """Settings compared at one budget of CPU seconds, the first of them the yardstick."""
@@ -33,10 +42,12 @@ class Study:
     text: str
     names: tuple[str, ...]
     seconds: tuple[int, ...]
+    more: tuple[str, ...] = ()  # words for `ours.py`
     seeds: int = 3
 
-    def cells(self) -> list[tuple[str, int, int]]:
-        return [(name, seed, s) for seed in range(self.seeds) for s in self.seconds for name in self.names]
+    def cells(self) -> list[Cell]:
+        every = ((name, seed, s) for seed in range(self.seeds) for s in self.seconds for name in self.names)
+        return [Cell(*cell, self.more) for cell in every]
 
 
 _SAMPLES = (
@@ -50,15 +61,16 @@ STUDIES: dict[str, Study] = {
         f"{_SAMPLES} The starting point that was to be beaten has, by w = 1 / w = 2: {_START}.",
         ("base",),
         BUDGETS,
+        ("ema",),
     ),
     "options": Study(
         "What each option of training is worth",
         f"{_SAMPLES} Every setting at the same CPU seconds; a difference inside the seeds' spread is none.",
         (
             *("base", "edm-levels", "edm2-levels", "adamw", "independent", "adaptive", "immiscible", "simple"),
-            *("min-snr", "flip", "v-head", "classic"),
+            *("min-snr", "flip", "v-head", "classic", "wide"),
         ),
-        (120,),
+        (90,),
     ),
     "networks": Study(
         "Networks at equal seconds",
@@ -67,7 +79,7 @@ STUDIES: dict[str, Study] = {
             *("base", "flat", "narrow", "deep", "attends", "pixels", "patch-4"),
             *("dit-2", "dit-2-fast", "dit-4", "dit-4-fast"),
         ),
-        (120,),
+        (90,),
     ),
 }
 
@@ -76,13 +88,14 @@ def file_of(name: str, seed: int, seconds: int) -> Path:
     return ROOT / "ours" / f"{name}-{seed}-{seconds}.json"
 
 
-def measure(cell: tuple[str, int, int], more: list[str]) -> None:
+def measure(cell: Cell) -> None:
     """Train and score one cell in a process of its own, unless that was done."""
-    name, seed, seconds = cell
-    if not file_of(*cell).is_file():
+    name, seed, seconds, more = cell
+    file = file_of(name, seed, seconds)
+    if not file.is_file():
         command = [sys.executable, str(HERE / "ours.py"), name, str(seed), str(seconds), *more]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-        print(file_of(*cell).read_text(), flush=True)
+        print(file.read_text(), flush=True)
 
 
 def found(name: str, seconds: int, seeds: int) -> list[dict]:
@@ -173,15 +186,17 @@ def main() -> None:
     known = ["minutes", *STUDIES]
     if unknown := set(given.studies) - set(known):
         parser.error(f"no study is named {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    for key in given.studies or known:
+    names = given.studies or known
+    if not given.table:
+        with ThreadPoolExecutor(given.jobs) as pool:
+            every = dict.fromkeys(cell for key in names if key in STUDIES for cell in STUDIES[key].cells())
+            list(pool.map(measure, every))
+    for key in names:
         if key == "minutes":
             text = f"{MINUTES}\n\n{minutes()}"
             write("Quality for 30 CPU-minutes", "python benchmarks/quality/run.py minutes", text)
             continue
         study = STUDIES[key]
-        if not given.table:
-            with ThreadPoolExecutor(given.jobs) as pool:
-                list(pool.map(partial(measure, more=["ema"] if key == "budgets" else []), study.cells()))
         more = f"\n\nThe average's length, Fréchet at w = 1:\n\n{by}" if (by := lengths(study)) else ""
         write(study.title, f"python benchmarks/quality/run.py {key}", f"{study.text}\n\n{compared(study)}{more}")
 

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import re
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from undiffuse.bulk.job import Job
 from undiffuse.data import JOB, LEDGER
 from undiffuse.train import MANIFEST, Lost, replace_bytes, same_settings, sha256, sweep
 from undiffuse.types import InputError
+from undiffuse.version import __version__
 
 MISSING = "missing"
 _SHARD = re.compile(r"shard-(\d{6,})\.(json|safetensors|tar)")
@@ -65,7 +65,7 @@ def claim(job: Job) -> None:
     about = job.out / JOB
     if not about.exists():
         job.out.mkdir(parents=True, exist_ok=True)
-        made_by = {"undiffuse": version("undiffuse"), "torch": torch.__version__}
+        made_by = {"undiffuse": __version__, "torch": torch.__version__}
         replace_bytes(about, to_json({"identity": job.identity, "made_by": made_by}, 1), keep=True)
     _compare(job)
 
