@@ -28,7 +28,7 @@ LARGEST = 10_000_000
 RANK = 64  # directions of the data's spectrum that are shipped
 COMMON = """
     levels.kind=uniform-lam levels.lam_min=-4 levels.lam_max=3 optimiser=muon train.lr=5e-3 train.warmup=40
-    train.precision=bf16 train.snapshots=16 engine.device=cpu eval.every=0 track=none
+    train.precision=bf16 train.snapshots=16 grid.lam_max=3 engine.device=cpu eval.every=0 track=none
 """
 UNET = "net.kind=unet net.patch=2 net.width=48 net.mults=[1,2] net.depth=1"
 RECIPES = {

@@ -30,6 +30,7 @@ SETTINGS: dict[str, str] = {
     "base": "net.kind=unet net.patch=2 net.width=48 net.mults=[1,2] net.depth=1 levels.kind=uniform-lam "
     "levels.lam_min=-4 levels.lam_max=3 optimiser=muon train.lr=5e-3 train.warmup=40 train.batch=64 "
     "train.precision=bf16",
+    "best": "net.width=32 head=v weight=v train.decay=0.7 grid.lam_max=3",
     # what each option is worth
     "edm-levels": "levels=log-normal",
     "edm2-levels": "levels.kind=log-normal levels.mean=-0.4 levels.std=1.0",

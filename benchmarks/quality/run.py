@@ -42,12 +42,12 @@ class Study:
     text: str
     names: tuple[str, ...]
     seconds: tuple[int, ...]
-    more: tuple[str, ...] = ()  # words for `ours.py`
+    more: tuple[str, ...] = ()  # words for `ours.py` with the first seed
     seeds: int = 3
 
     def cells(self) -> list[Cell]:
         every = ((name, seed, s) for seed in range(self.seeds) for s in self.seconds for name in self.names)
-        return [Cell(*cell, self.more) for cell in every]
+        return [Cell(name, seed, s, () if seed else self.more) for name, seed, s in every]
 
 
 _SAMPLES = (
@@ -59,7 +59,7 @@ STUDIES: dict[str, Study] = {
     "budgets": Study(
         "Quality for a budget, one core",
         f"{_SAMPLES} The starting point that was to be beaten has, by w = 1 / w = 2: {_START}.",
-        ("base",),
+        ("best",),
         BUDGETS,
         ("ema",),
     ),
@@ -141,25 +141,30 @@ def lengths(study: Study) -> str:
     return table(["CPU s", *(f"length {length:g}" for length in LENGTHS)], rows) if rows else ""
 
 
-def minutes(n: int = 2000) -> str:
-    """The shipped model beside the peers' that had a budget of 30 CPU-minutes, all judged alike."""
+def minutes(most: int = 2000) -> str:
+    """The shipped model beside the peers' that had a budget of 30 CPU-minutes, all by as many samples."""
     import numpy as np
     import torch
     from score import labels, scores
 
     from undiffuse.model import SHIPPED, Model
 
+    peers = {}
+    for info in sorted((ROOT / "peers").glob("*-1800/info.json")):
+        files = [info.parent / f"samples-w{w}.npz" for w in (1, 2)]
+        if all(file.is_file() for file in files):
+            about = json.loads(info.read_text())
+            peers[about["name"]] = about, [np.load(file) for file in files]
+    n = min([most, *(len(file["x"]) for _, files in peers.values() for file in files)])
     made = {}
     clock = ROOT.parent / "models" / "fashion" / "cpu.json"
     model = Model.load(SHIPPED / "fashion")
     for w in (1.0, 2.0):
         made["undiffuse", w] = model.sample(n, labels(n), guidance=w), labels(n)
     facts = {"undiffuse": [f"{model.parameters:,}", f"{float(clock.read_text()):.0f}" if clock.is_file() else "-"]}
-    for info in sorted((ROOT / "peers").glob("*-1800/info.json")):
-        name, about = info.parent.name.removesuffix("-1800"), json.loads(info.read_text())
+    for name, (about, files) in peers.items():
         facts[name] = [f"{about['parameters']:,}", f"{about['cpu_seconds']:.0f}"]
-        for w in (1.0, 2.0):
-            file = np.load(info.parent / f"samples-w{w:g}.npz")
+        for w, file in zip((1.0, 2.0), files, strict=True):
             made[name, w] = torch.from_numpy(file["x"][:n]), torch.from_numpy(file["labels"][:n])
     rows = []
     for (name, w), (x, asked) in made.items():
