@@ -118,9 +118,9 @@ def test_sharded_processes_have_the_losses_of_one(tmp_path):
 
 
 def test_a_sharded_run_writes_a_model_that_loads(pictures, tmp_path, alone):
-    together(runs.run, pictures, tmp_path / "run", None, 0, world=2)
-    settings = {"engine": {"sharding": "fsdp"}}
-    together(run_sharded, pictures, tmp_path / "fsdp", settings)
+    adamw = {"optimiser": {"kind": "adamw"}}
+    together(run_with, pictures, tmp_path / "run", adamw, world=2)
+    together(run_with, pictures, tmp_path / "fsdp", {"engine": {"sharding": "fsdp"}, **adamw})
     model = Model.load(tmp_path / "fsdp")
     plain = Model.load(tmp_path / "run")
     for name, value in model.denoiser.state_dict().items():
@@ -129,16 +129,16 @@ def test_a_sharded_run_writes_a_model_that_loads(pictures, tmp_path, alone):
     assert float((a - b).norm() / b.norm()) < 0.01
 
 
-def run_sharded(data, out, more, stop=None):
+def run_with(data, out, more, stop=None):
     return runs.run(data, out, stop, **more)
 
 
 def test_a_sharded_run_stopped_after_measuring_equals_the_uninterrupted_one(pictures, tmp_path):
     """The main process has the measurements of step 8, the others have not: all must leave them out."""
-    settings = {"engine": {"sharding": "fsdp"}, "train": {**runs.SETTINGS["train"], "every": 4}}
-    together(run_sharded, pictures, tmp_path / "straight", settings)
-    together(run_sharded, pictures, tmp_path / "run", settings, 8)
-    together(run_sharded, pictures, tmp_path / "run", settings)
+    settings = {"engine": {"sharding": "fsdp"}, "train": {**runs.SETTINGS["train"], "every": 4}, "optimiser": "adamw"}
+    together(run_with, pictures, tmp_path / "straight", settings)
+    together(run_with, pictures, tmp_path / "run", settings, 8)
+    together(run_with, pictures, tmp_path / "run", settings)
     assert kept(tmp_path / "run") == kept(tmp_path / "straight")
 
 
