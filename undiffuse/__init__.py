@@ -58,6 +58,7 @@ from undiffuse.solvers import (
     PredictorCorrector,
     RungeKutta,
     SASolver,
+    Spectral,
     Start,
     UniPC,
 )
