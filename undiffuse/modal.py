@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from undiffuse.grid import Levels
 from undiffuse.level import Level
+from undiffuse.schedule import Schedule
 from undiffuse.solvers.spectral import Spectral
 from undiffuse.spectrum import Spectrum
 from undiffuse.tableau import Tableau, trace
@@ -174,7 +176,7 @@ class Modal:
                 "the Gaussian's spectrum must be in the basis of this plan: build it with the same `basis`"
             )
         k, frame = len(data.variances), self._frame(data.mean)
-        values = torch.cat([data.variances, torch.tensor([data.rest]).double()])[: len(self.group)]
+        values, _ = counted(data)
         cold, warm, variance = torch.zeros(3, len(values), dtype=torch.float64)
         for g in sorted(set(self.group.tolist())):
             of, table = self.group == g, self.tables[g]
@@ -189,10 +191,8 @@ class Modal:
 
     def show(self, digits: int = 4) -> str:
         """The tables as text, each under the number of its directions and their standard deviations."""
-        k, d = len(self.spectrum.variances), len(self.spectrum.mean)
-        std = torch.cat([self.spectrum.variances, torch.tensor([self.spectrum.rest]).double()]).sqrt()
-        count = torch.ones(len(self.group), dtype=torch.long)
-        count[k:] = d - k
+        variances, count = counted(self.spectrum)
+        std = variances.sqrt()
         lines = [f"{self.name or 'modal'}: {self.nfe} evaluations, {self.draws} noise draws, {len(self.tables)} groups"]
         for g, table in enumerate(self.tables):
             of = (self.group == g).nonzero()[:, 0]
@@ -260,6 +260,15 @@ def grouped(variances: Tensor, count: Tensor, groups: int | None) -> tuple[Tenso
     return group, centres.exp()
 
 
+def counted(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
+    """The variances of all directions, that of the complement last where there is one, and the number of each."""
+    k, d = len(spectrum.variances), len(spectrum.mean)
+    values = torch.cat([spectrum.variances, torch.tensor([spectrum.rest], dtype=torch.float64)])[: k + (k < d)]
+    count = torch.ones_like(values)
+    count[k:] = d - k
+    return values, count
+
+
 def spectral(
     spectrum: Spectrum, levels: Sequence[Level], order: int = 3, corrector: bool = True, groups: int | None = 8
 ) -> Modal:
@@ -276,10 +285,42 @@ def spectral(
     """
     if groups is not None and groups < 1:
         raise InputError(f"groups must be >= 1, or None for a table for each direction, got {groups}")
-    k, d = len(spectrum.variances), len(spectrum.mean)
-    values = torch.cat([spectrum.variances, torch.tensor([spectrum.rest]).double()])[: k + (k < d)]
-    count = torch.ones_like(values)
-    count[k:] = d - k
-    group, centres = grouped(values, count, groups)
+    group, centres = grouped(*counted(spectrum), groups)
     tables = [trace(Spectral(float(v), order, corrector), levels, f"spectral {v**0.5:.3g}") for v in centres]
     return Modal(spectrum, group, tuple(tables), f"spectral {order}")
+
+
+@dataclass(frozen=True, eq=False)
+class SpectralGrid:
+    """Levels for `spectral`, a grid: equal shares of a density in lam that is high where much variance turns.
+
+    In direction i the angle of `Spectral` turns by sech(lam - lam_i) / 2 per lam, lam_i = -log(std_i). The density is
+    (sum_i v_i^(3/4) sech(lam - lam_i)^6)^(1/6): v_i and 6 give every step of second order the same local error in all,
+    and the lower power leaves more steps to the weak directions. The last level lies within the schedule's range.
+
+    >>> from undiffuse import EDM
+    >>> levels = SpectralGrid(Spectrum(torch.zeros(2), torch.tensor([1.0, 0.01])))(EDM(), 4)
+    >>> [round(float(level.sigma), 2) for level in levels]
+    [80.0, 1.8, 0.64, 0.13, 0.0]
+    """
+
+    spectrum: Spectrum
+
+    def __call__(self, schedule: Schedule, steps: int) -> Levels:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise InputError(f"steps must be a whole number >= 1, got {steps!r}")
+        values, count = counted(self.spectrum)
+        group, v = grouped(values, count, 64)
+        weight = torch.zeros_like(v).index_add(0, group, count) * v**0.75
+        first, clean = schedule.level(1.0), Level.at(math.inf, schedule.space)
+        place = -v.log() / 2
+        low = first.lam if bool(first.alpha > 0) else place.min() - 20
+        high = torch.minimum(schedule.level(0.0).lam, place.max() + 20)
+        lam = torch.linspace(float(low), float(high), 8193, dtype=torch.float64)
+        density = (weight / torch.cosh(lam[:, None] - place) ** 6).sum(1) ** (1 / 6)
+        share = torch.cat([torch.zeros(1, dtype=lam.dtype), torch.cumsum(density[1:] + density[:-1], 0)])
+        wanted = share[-1] * torch.arange(1, steps, dtype=lam.dtype) / steps
+        after = torch.searchsorted(share, wanted)
+        part = (wanted - share[after - 1]) / (share[after] - share[after - 1])
+        lams = torch.lerp(lam[after - 1], lam[after], part)
+        return (first, *(Level.at(at, schedule.space) for at in lams), clean)

@@ -1,6 +1,7 @@
 """Tableaux in a basis: one table for all is that table, and the spectral solver is exact for Gaussian data."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.exact.test_tableau import Watched
 from undiffuse import (
     DDPM,
     EDM,
+    SCHEDULES,
     VP,
     Adams,
     DPMpp2M,
@@ -20,6 +22,7 @@ from undiffuse import (
     Modal,
     Noise,
     Spectral,
+    SpectralGrid,
     Spectrum,
     UniformLam,
     UniformT,
@@ -154,7 +157,8 @@ def test_groups_are_neighbours_in_variance():
     assert group[1] == group[2]
     assert group[0] == group[3]
     assert group[4] != group[1]
-    assert 20**0.5 <= float(centres[group[1]]) <= 4.5
+    due = (5**0.5 * math.log(5) + 2 * math.log(4)) / (5**0.5 + 2)
+    assert float(centres[group[1]].log()) == pytest.approx(due)
     assert len(grouped(torch.ones(4, dtype=D64), torch.ones(4, dtype=D64), 8)[1]) == 1
     one, all_zero = grouped(torch.zeros(3, dtype=D64), torch.ones(3, dtype=D64), None)
     assert one.tolist() == [0, 0, 0]
@@ -253,3 +257,29 @@ def test_no_value_of_x_is_read(kind):
     end = plan.run(lambda x, level: torch.tanh(x), x)
     assert isinstance(end, Watched)
     assert Watched.reads == 0
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 7, 40])
+def test_the_grid_lies_within_the_schedule(name, steps):
+    schedule = SCHEDULES[name]()
+    levels = SpectralGrid(SPECTRA["low-rank"])(schedule, steps)
+    lams = torch.stack([level.lam for level in levels])
+    assert len(levels) == steps + 1
+    assert levels[0].lam == schedule.level(1.0).lam
+    assert (lams[1:] > lams[:-1]).all()
+    assert (lams[:-1] <= schedule.level(0.0).lam).all()
+    assert levels[-1].sigma == 0
+
+
+def test_the_grid_of_one_variance_is_the_same_in_units_of_its_std():
+    """From pure noise the levels are quantiles of sech, at angles that are even: tan phi = std e^lam."""
+    for variance in (0.01, 1.0, 50.0):
+        levels = SpectralGrid(Spectrum(torch.zeros(3), torch.full((3,), variance)))(SCHEDULES["cosine"](), 8)
+        phi = torch.stack([torch.atan2(level.alpha * variance**0.5, level.sigma) for level in levels])
+        assert torch.allclose(phi, torch.linspace(0, math.pi / 2, 9, dtype=D64), atol=1e-4)
+
+
+def test_the_grid_refuses_steps_below_one():
+    with pytest.raises(InputError, match="steps"):
+        SpectralGrid(SPECTRA["full"])(VP(), 0)
