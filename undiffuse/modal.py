@@ -27,15 +27,15 @@ SHARED = ("alpha", "sigma", "start", "end")
 
 
 class Frame:
-    """A spectrum's mean and basis in the dtype and on the device of the samples x, and each coordinate's group."""
+    """Mean, basis, each coordinate's group and the coefficients in the dtype and on the device of the samples x."""
 
-    def __init__(self, spectrum: Spectrum, group: Tensor, x: Tensor) -> None:
+    def __init__(self, spectrum: Spectrum, group: Tensor, coefficients: Tensor, x: Tensor) -> None:
         k, d = len(spectrum.variances), len(spectrum.mean)
         self.mean, self.rows = (
             spectrum.mean.to(x),
             None if spectrum.basis is None else spectrum.basis.to(x).contiguous(),
         )
-        self.k, self.complete = k, k == d
+        self.k, self.complete, self.coefficients = k, k == d, coefficients.to(x)
         self.group = (group if k == d else torch.cat([group[:k], group[k:].expand(d)])).to(x.device)
 
     def there(self, x: Tensor, alpha: float) -> Tensor:
@@ -128,7 +128,7 @@ class Modal:
     def _frame(self, x: Tensor) -> Frame:
         key = (x.dtype, x.device)
         if key not in self._frames:
-            self._frames[key] = Frame(self.spectrum, self.group, x)
+            self._frames[key] = Frame(self.spectrum, self.group, self._plan.coefficients, x)
         return self._frames[key]
 
     def run(self, denoise: Denoise, x: Tensor, noise: Noise | None = None) -> Tensor:
@@ -143,7 +143,7 @@ class Modal:
             raise InputError(f"samples of {x[0].numel()} elements for a spectrum of {len(self.spectrum.mean)}")
         kind = x.to(torch.promote_types(x.dtype, torch.float32))  # coefficients of half precision would be rounded
         frame, plan, n, table = self._frame(kind), self._plan, self.nfe, self.tables[0]
-        coefficients, alphas = plan.coefficients.to(kind), [*table.alpha.tolist(), float(table.end[0])]
+        alphas = [*table.alpha.tolist(), float(table.end[0])]
         known, drawn, point = {0: frame.there(kind, float(table.start[0]))}, 1 + n, x
         before = known[0]
         for i, row in enumerate(plan.rows):
@@ -152,7 +152,7 @@ class Modal:
                 drawn += 1
             now = torch.zeros_like(before)
             for j, place in row:
-                now.addcmul_(before if j < 0 else known[j], coefficients[place][frame.group])
+                now.addcmul_(before if j < 0 else known[j], frame.coefficients[place][frame.group])
             for j in plan.done[i]:
                 known.pop(j, None)
             before, point = now, frame.back(now, alphas[i]).reshape(x.shape).to(x.dtype)

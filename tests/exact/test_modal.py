@@ -26,9 +26,11 @@ from undiffuse import (
     Spectrum,
     UniformLam,
     UniformT,
+    UniPC,
     spectral,
     trace,
 )
+from undiffuse.certify import graded, problem, run, slope, truth
 from undiffuse.modal import grouped
 
 D64 = torch.float64
@@ -283,3 +285,25 @@ def test_the_grid_of_one_variance_is_the_same_in_units_of_its_std():
 def test_the_grid_refuses_steps_below_one():
     with pytest.raises(InputError, match="steps"):
         SpectralGrid(SPECTRA["full"])(VP(), 0)
+
+
+@pytest.mark.parametrize(("order", "corrector"), [(1, False), (2, False), (2, True), (3, True)])
+def test_the_order_on_a_mixture_is_the_solvers(order, corrector):
+    model, x = problem()
+    s = Spectrum(torch.zeros(2), torch.tensor([1.15, 1.175]))
+    errors = [
+        float((spectral(s, graded(n), order, corrector, groups=None).run(model, x) - truth()).norm()) for n in (80, 160)
+    ]
+    assert slope(*errors) == pytest.approx(Spectral(1.0, order, corrector).global_order, abs=0.15)
+
+
+def test_few_evaluations_bring_a_mixture_nearer_than_multistep_solvers_do():
+    """Twelve directions of stds 3 to 0.03 and two clusters: the residual is not small, and the grid is the same."""
+    std, shift = torch.logspace(0.5, -1.5, 12, dtype=D64), torch.linspace(1.5, -0.5, 12, dtype=D64)
+    model = Mixture([Spectrum(m * std * shift, std**2 / 2) for m in (-1.0, 1.0)])
+    s, x = Spectrum(torch.zeros(12), std**2 * (shift**2 + 0.5)), torch.randn(32, 12, generator=G, dtype=D64)
+    due = run(model, 80 * x, UniformLam(lam_max=8.0)(EDM(sigma_min=1e-4), 400), UniPC(3))
+    for n in (6, 8, 10):
+        levels = SpectralGrid(s)(EDM(), n)
+        far = [float((trace(o, levels).run(model, 80 * x) - due).norm()) for o in (DPMpp2M(), UniPC(2), UniPC(3))]
+        assert float((spectral(s, levels).run(model, 80 * x) - due).norm()) < 0.6 * min(far)

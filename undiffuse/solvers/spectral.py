@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -30,6 +31,17 @@ LIMIT = 3.0  # on the sum of a step's |weights|, whose sum is 1: how much an ext
 def adams(nodes: list[Tensor], start: Tensor, end: Tensor) -> Tensor:
     """Weights of the nodes, stacked last, that integrate from start to end the polynomial through as many of the first
     nodes as keep within `LIMIT`; the others, and any that coincides with one before, have weight 0."""
+    if start.ndim == 0 and not any(t.requires_grad for t in (*nodes, start, end)):
+        return _known(tuple(float(n) for n in nodes), float(start), float(end))
+    return _solved(nodes, start, end)
+
+
+@lru_cache(maxsize=4096)  # a grid's weights are the same for every batch
+def _known(nodes: tuple[float, ...], start: float, end: float) -> Tensor:
+    return _solved([*torch.tensor(nodes, dtype=torch.float64)], *torch.tensor([start, end], dtype=torch.float64))
+
+
+def _solved(nodes: list[Tensor], start: Tensor, end: Tensor) -> Tensor:
     h, best = end - start, torch.zeros(())
     at = (torch.stack(nodes, -1) - start[..., None]) / h[..., None]
     for k in range(1, len(nodes) + 1):
