@@ -25,7 +25,7 @@ from undiffuse.level import Level
 from undiffuse.solvers.base import Eval, combine
 from undiffuse.types import Denoise, InputError, Noise
 
-LIMIT = 3.0  # on the sum of a step's |weights|, whose sum is 1: how much an extrapolation may amplify
+LIMIT = 2.5  # on the sum of a step's |weights|, whose sum is 1: how much an extrapolation may amplify
 
 
 def adams(nodes: list[Tensor], start: Tensor, end: Tensor) -> Tensor:
