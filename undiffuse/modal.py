@@ -275,7 +275,8 @@ def spectral(
     """The `Spectral` solver on these levels with the variances of the data's own directions, in `groups` tables.
 
     Directions of similar variance share a table (see `grouped`); with groups=None each has its own, and Gaussian data
-    of this spectrum are sampled exactly, in any number of steps. Raises InputError for groups < 1 and bad levels.
+    of this spectrum are sampled exactly, in any number of steps. `SpectralGrid` gives the levels that suit it. Take
+    order=1 under strong guidance at few evaluations. Raises InputError for groups < 1 and bad levels.
 
     >>> from undiffuse import VP, UniformLam
     >>> data = Spectrum(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.01]))

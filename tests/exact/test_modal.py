@@ -299,11 +299,16 @@ def test_the_order_on_a_mixture_is_the_solvers(order, corrector):
 
 def test_few_evaluations_bring_a_mixture_nearer_than_multistep_solvers_do():
     """Twelve directions of stds 3 to 0.03 and two clusters: the residual is not small, and the grid is the same."""
+    fine = UniformLam(lam_max=8.0)(EDM(sigma_min=1e-4), 400)
     std, shift = torch.logspace(0.5, -1.5, 12, dtype=D64), torch.linspace(1.5, -0.5, 12, dtype=D64)
     model = Mixture([Spectrum(m * std * shift, std**2 / 2) for m in (-1.0, 1.0)])
-    s, x = Spectrum(torch.zeros(12), std**2 * (shift**2 + 0.5)), torch.randn(32, 12, generator=G, dtype=D64)
-    due = run(model, 80 * x, UniformLam(lam_max=8.0)(EDM(sigma_min=1e-4), 400), UniPC(3))
+    x = 80 * torch.randn(64, 12, generator=torch.Generator().manual_seed(1), dtype=D64)
+    s, due = Spectrum(torch.zeros(12), std**2 * (shift**2 + 0.5)), run(model, x, fine, UniPC(3))
+
+    def far(plan):
+        return float((plan.run(model, x) - due).norm(dim=1).median())
+
     for n in (6, 8, 10):
         levels = SpectralGrid(s)(EDM(), n)
-        far = [float((trace(o, levels).run(model, 80 * x) - due).norm()) for o in (DPMpp2M(), UniPC(2), UniPC(3))]
-        assert float((spectral(s, levels).run(model, 80 * x) - due).norm()) < 0.6 * min(far)
+        others = [far(trace(solver, levels)) for solver in (DPMpp2M(), UniPC(2), UniPC(3))]
+        assert far(spectral(s, levels)) < 0.7 * min(others)
