@@ -20,6 +20,7 @@ from undiffuse import (
     Spectrum,
     UniformLam,
     sample,
+    spectral,
     trace,
 )
 from undiffuse.config import KINDS
@@ -80,6 +81,18 @@ def test_no_step_waits_for_the_gpu(name, net, waits):
     plan.run(denoise, x, noise)
     waits()
     plan.run(denoise, x, noise)
+
+
+@pytest.mark.parametrize("rank", [None, 3, 12])
+def test_a_plan_in_a_basis_is_the_cpus_and_does_not_wait(rank, waits):
+    g = torch.Generator().manual_seed(0)
+    basis = None if rank is None else torch.linalg.qr(torch.randn(12, rank, generator=g).double())[0].T
+    data = Spectrum(torch.randn(12, generator=g), torch.logspace(0, -3, rank or 12), basis, 1e-3, (3, 2, 2))
+    plan, x = spectral(data, UniformLam()(VP(), 6), groups=3), torch.randn(4, 3, 2, 2, generator=g)
+    due, on = plan.run(lambda x, level: torch.tanh(x), x), x.cuda()
+    torch.testing.assert_close(plan.run(lambda x, level: torch.tanh(x), on).cpu(), due, rtol=1e-4, atol=1e-4)
+    waits()
+    plan.run(lambda x, level: torch.tanh(x), on)
 
 
 def test_samples_do_not_depend_on_the_device():

@@ -18,6 +18,7 @@ from undiffuse.grid import (
 )
 from undiffuse.guide import CFG, GUIDES
 from undiffuse.level import Level, from_x0, reverse_transition, to_x0, transition
+from undiffuse.modal import Modal, SpectralGrid, spectral
 from undiffuse.precond import HEADS, X0, EDMPrecond, Eps, FlowVelocity, Index, LogNSR, Score, V
 from undiffuse.sample import Noise, State, sample, trajectory
 from undiffuse.schedule import (
@@ -58,6 +59,7 @@ from undiffuse.solvers import (
     PredictorCorrector,
     RungeKutta,
     SASolver,
+    Spectral,
     Start,
     UniPC,
 )

@@ -44,7 +44,7 @@ class Parallel(NamedTuple):
         )
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """A row as c * previous point + sum of coefficients * columns."""
 
     keep: float
@@ -99,7 +99,7 @@ class Tableau:
         return [Level(a, s) for a, s in zip(self.alpha, self.sigma, strict=True)]
 
     @cached_property
-    def _plan(self) -> tuple[list[_Row], list[list[int]]]:
+    def plan(self) -> tuple[list[Row], list[list[int]]]:
         """Short rows, and the columns that can be forgotten after each."""
         rows = [*self.points, self.out]
         plan, before = [], torch.zeros_like(self.out)
@@ -110,13 +110,13 @@ class Tableau:
             if keep == 0 or int((rest != 0).sum()) >= int((row != 0).sum()):
                 keep, rest = 0.0, row
             terms = [(int(j), float(rest[j])) for j in rest.nonzero()[:, 0]]
-            plan.append(_Row(keep, terms, max((j for j, _ in terms), default=0)))
+            plan.append(Row(keep, terms, max((j for j, _ in terms), default=0)))
             before = row
         last = {j: i for i, row in enumerate(plan) for j, _ in row.terms}
         return plan, [[j for j in last if last[j] == i] for i in range(len(plan))]
 
     @staticmethod
-    def _point(row: _Row, before: Tensor, known: dict[int, Tensor]) -> Tensor:
+    def _point(row: Row, before: Tensor, known: dict[int, Tensor]) -> Tensor:
         """One in-place combination of the point before and of predictions and noise."""
         fresh = before * row.keep if row.keep else None
         for j, c in row.terms:
@@ -129,7 +129,7 @@ class Tableau:
         Each point is one in-place combination of the point before it, the newest predictions and noise; predictions
         are forgotten after their last use. Raises InputError if noise is needed and not given.
         """
-        n, (plan, done) = self.nfe, self._plan
+        n, (plan, done) = self.nfe, self.plan
         if self.draws and noise is None:
             raise InputError(f"this tableau draws noise {self.draws} times: pass noise=Noise(x.shape, seed=...)")
         known: dict[int, Tensor] = {0: x}
@@ -156,7 +156,7 @@ class Tableau:
         evaluations. `denoise` sees window * b rows, sample j in rows j, b + j, ...: bind a condition as
         `cond[torch.arange(b).repeat(window)]`. Raises InputError for a bad window or tol and missing noise.
         """
-        n, b, (plan, _) = self.nfe, x.shape[0], self._plan
+        n, b, (plan, _) = self.nfe, x.shape[0], self.plan
         window = n if window is None else window
         if not (1 <= window <= n and tol > 0):
             raise InputError(f"parallel needs 1 <= window <= {n} (the evaluations) and tol > 0, got {window} and {tol}")

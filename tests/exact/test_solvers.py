@@ -23,6 +23,7 @@ from undiffuse import (
     Mixture,
     Noise,
     PredictorCorrector,
+    Spectral,
     Start,
     UniformLam,
     UniformT,
@@ -33,6 +34,7 @@ from undiffuse.certify import graded, order, problem, slope, truth, weak_order
 from undiffuse.sample import moments
 from undiffuse.solvers.exponential import moments as phi
 from undiffuse.solvers.exponential import weights
+from undiffuse.solvers.spectral import LIMIT, adams
 
 D64 = torch.float64
 
@@ -299,6 +301,55 @@ def test_equivalent_solvers(a, b):
         assert torch.allclose(*ends, atol=1e-13)
 
 
+@pytest.mark.parametrize("variance", [1e-6, 0.25, 30.0])
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize("corrector", [False, True])
+def test_spectral_is_exact_for_gaussian_data_of_its_variance(variance, order, corrector):
+    """One step from any level to any other, and any number of steps, from pure noise to clean data included."""
+    model, x = Gaussian(diagonal(variance)), torch.randn(4, 1, dtype=D64)
+    for lams in ([-2.0, 1.0], [-INF, INF], [-INF, 0.0], [0.0, INF], [-9.0, 9.0], [-INF, -2.0, 0.5, 0.6, 4.0, INF]):
+        for space in ("vp", "flow"):
+            levels = at(lams, space)
+            end = drain(trajectory(model, x, levels, Spectral(variance, order, corrector)))
+            exact = gaussian_flow(x, levels[0], levels[-1], torch.zeros(1), torch.tensor(variance, dtype=D64))
+            assert torch.allclose(end, exact, rtol=1e-12, atol=1e-14)
+
+
+def test_spectral_weights_integrate_polynomials_and_extrapolate_no_further_than_their_limit():
+    nodes = [torch.tensor(t, dtype=D64) for t in (0.5, 0.3, 0.2, 0.0)]
+    powers = torch.arange(4)[:, None]
+    inside = adams(nodes, nodes[1], nodes[0])
+    at_powers = torch.stack(nodes) ** powers
+    assert torch.allclose(
+        at_powers @ inside, (0.5 ** (powers + 1) - 0.3 ** (powers + 1))[:, 0].double() / (powers + 1)[:, 0]
+    )
+    for end, kept in ((0.51, 4), (0.57, 3), (0.7, 2), (1.5, 1)):
+        w = adams(nodes, nodes[0], torch.tensor(end, dtype=D64))
+        assert (w != 0).tolist() == [True] * kept + [False] * (4 - kept)
+        assert w.abs().sum() <= LIMIT * (end - 0.5) * (1 + 1e-12)
+        assert float(w @ torch.stack(nodes) ** (kept - 1)) == pytest.approx((end**kept - 0.5**kept) / kept)
+    twice = adams([nodes[0], nodes[1], nodes[1]], nodes[0], torch.tensor(0.6, dtype=D64))
+    assert torch.equal(twice[:2], adams(nodes[:2], nodes[0], torch.tensor(0.6, dtype=D64)))
+
+
+def test_spectral_tends_to_ddim_as_the_variance_vanishes():
+    x, levels = torch.randn(4, 2, dtype=D64), at([-2.0, -0.5, 0.7, INF])
+    ends = [drain(trajectory(MIXTURE, x, levels, s)) for s in (Spectral(1e-12, 1, False), DDIM())]
+    assert torch.allclose(*ends, atol=1e-5)
+
+
+def test_spectral_steps_to_clean_data_for_some_samples_equal_a_loop():
+    x, lams = torch.randn(2, 1, dtype=D64), [(-1.0, -1.5), (0.5, 0.0), (INF, 0.4)]
+    rows = [
+        Level(*(torch.stack([getattr(Level.at(lam), c) for lam in row]) for c in ("alpha", "sigma"))) for row in lams
+    ]
+    model, solver = Gaussian(diagonal(0.7)), Spectral(0.2, 1, False)
+    together = drain(trajectory(model, x, [row.reshape(-1, 1) for row in rows], solver))
+    clean = drain(trajectory(model, x[:1], at([row[0] for row in lams]), solver))
+    assert torch.allclose(together[:1], clean, atol=1e-12)
+    assert torch.isfinite(together).all()
+
+
 @pytest.mark.parametrize("name", SOLVER_CASES)
 def test_tableau_equals_driver(name):
     x, levels = torch.randn(4, 2, dtype=D64) * 3, UniformLam()(VP(), 11)
@@ -334,14 +385,15 @@ def test_one_step_pure_noise_and_clean_end_are_finite(name):
             end = drain(trajectory(model, x, at(lams, space), solver, noise_like(x)))
             assert torch.isfinite(end).all(), (lams, space)
     one = drain(trajectory(model, x, at([-INF, INF]), solver, noise_like(x)))
-    assert torch.allclose(one, torch.full_like(x, 0.3), atol=1e-12), "one step from pure noise is the mean"
+    spread = solver.variance**0.5 if isinstance(solver, Spectral) else 0.0  # which knows the data's variance
+    assert torch.allclose(one, 0.3 + spread * x, atol=1e-12), "one step from pure noise is the mean"
 
 
 @pytest.mark.parametrize("name", SOLVER_CASES)
 def test_the_last_step_adds_no_noise(name):
     x, levels = torch.randn(2, 2, dtype=D64), UniformLam()(VP(), 6)
     states = list(trajectory(MIXTURE, x, levels, SOLVER_CASES[name], noise_like(x)))
-    if name.startswith(("deis", "lms", "ipndm", "pndm")):  # eps as a polynomial through sigma = 0: no jump to x0
+    if name.startswith(("deis", "lms", "ipndm", "pndm", "spectral")):  # integrated to sigma = 0: no jump to x0
         assert name in DETERMINISTIC
         assert not torch.allclose(states[-1].x, states[-1].x0, atol=1e-9)
     else:
@@ -423,7 +475,8 @@ def test_churn_keeps_the_marginal():
 @pytest.mark.parametrize(
     "broken",
     [lambda: DDIM(-0.1), lambda: DDIM(1.5), lambda: DDPM("medium"), lambda: Adams(0), lambda: Adams(9),
-     lambda: Adams(2, eta=2.0), lambda: Euler(gamma=1.0), lambda: Heun(0.1, s_min=2, s_max=1)],
+     lambda: Adams(2, eta=2.0), lambda: Spectral(0.0), lambda: Spectral(order=5),
+     lambda: Euler(gamma=1.0), lambda: Heun(0.1, s_min=2, s_max=1)],
 )  # fmt: skip
 def test_impossible_hyperparameters_are_refused(broken):
     with pytest.raises(InputError):

@@ -18,6 +18,7 @@ from undiffuse import (
     Level,
     Mixture,
     Noise,
+    Spectral,
     Tableau,
     UniformLam,
     trace,
@@ -38,11 +39,20 @@ def test_ddim_by_hand():
 
 @pytest.mark.parametrize("name", SOLVER_CASES)
 def test_rows_reproduce_constant_and_noise_free_data(name):
-    """If every prediction is the true x0, each deterministic point is alpha x0 + sigma eps: weights are consistent."""
+    """If every prediction is the true x0, each deterministic point is alpha x0 + sigma eps: weights are consistent.
+
+    A solver about a Gaussian is so on that Gaussian's predictions instead: each point keeps its place in units of std.
+    """
     solver = SOLVER_CASES[name]
     table = trace(solver, LEVELS)
     x0, eps = 1.7, -0.4
     n = table.nfe
+    if isinstance(solver, Spectral):
+        std = (table.alpha**2 * solver.variance + table.sigma**2).sqrt()
+        values = torch.cat([std[:1], table.alpha * solver.variance / std]) * x0
+        assert torch.allclose(table.points @ values, std * x0, atol=1e-12)
+        assert float(table.out @ values) == pytest.approx(solver.variance**0.5 * x0, abs=1e-12)
+        return
     start = (LEVELS[0].alpha * x0 + LEVELS[0].sigma * eps).reshape(1)
     values = torch.cat([start, torch.full((n,), x0, dtype=torch.float64), torch.zeros(table.draws).double()])
     if table.draws == 0:
@@ -213,7 +223,9 @@ class Watched(torch.Tensor):
             cls.reads += 1
         plain = torch.utils._pytree.tree_map(lambda v: v.plain if isinstance(v, Watched) else v, (args, kwargs or {}))
         out = func(*plain[0], **plain[1])
-        if func.__name__.startswith(("add_", "mul_")):  # in place: the same watched tensor goes on
+        if func.__name__.startswith(
+            ("add_", "mul_", "addcmul_", "addmm_")
+        ):  # in place: the same watched tensor goes on
             return args[0]
         return torch.utils._pytree.tree_map(lambda v: Watched.of(v) if isinstance(v, torch.Tensor) else v, out)
 

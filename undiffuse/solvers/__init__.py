@@ -20,6 +20,7 @@ from undiffuse.solvers.langevin import PredictorCorrector
 from undiffuse.solvers.pndm import IPNDM, PNDM
 from undiffuse.solvers.rk import RungeKutta
 from undiffuse.solvers.sa import SASolver
+from undiffuse.solvers.spectral import Spectral
 from undiffuse.solvers.start import Start
 from undiffuse.solvers.unipc import UniPC
 
@@ -39,6 +40,7 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "lms": LMS,
     "ipndm": IPNDM,
     "pndm": PNDM,
+    "spectral": Spectral,
     "runge-kutta": RungeKutta,
     "adaptive": Adaptive,
     "euler-ancestral": EulerAncestral,
@@ -75,6 +77,7 @@ __all__ = [
     "RungeKutta",
     "SASolver",
     "Solver",
+    "Spectral",
     "Start",
     "UniPC",
 ]
