@@ -308,7 +308,7 @@ def test_samples_have_the_seed_of_sampling():
 
 
 def test_a_tableau_samples_like_its_solver():
-    plan = trace(DDIM(), UniformLam()(VP(), 20))
+    plan = trace(DDIM(), Config.resolve().build("grid")(VP(), 20))
     a = evaluate(EXACT, TRAIN, HELD, FEW, plan=plan)
     b = evaluate(model_of(Gaussian(SPECTRUM), solver={"kind": "ddim"}), TRAIN, HELD, FEW)
     assert torch.allclose(a.x, b.x, atol=1e-5)
