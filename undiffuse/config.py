@@ -171,7 +171,7 @@ DEFAULTS: dict[str, Any] = {
     "engine": {},
     "eval": {},
     "solver": {"kind": "dpmpp-2m"},
-    "grid": {"kind": "uniform-lam", "lam_max": 4.0},
+    "grid": {"kind": "uniform-lam", "lam_max": 4.0},  # as far as levels are trained
     "guidance": {"kind": "cfg", "w": 2.0},
     "sample": {},
 }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from undiffuse.level import Level
 from undiffuse.schedule import Schedule
 from undiffuse.solvers.spectral import Spectral
 from undiffuse.spectrum import Spectrum
-from undiffuse.tableau import Tableau, trace
+from undiffuse.tableau import Tableau, read, trace
 from undiffuse.types import Denoise, InputError, Noise
 
 FORMAT = "undiffuse-modal-1"
@@ -31,10 +31,8 @@ class Frame:
 
     def __init__(self, spectrum: Spectrum, group: Tensor, coefficients: Tensor, x: Tensor) -> None:
         k, d = len(spectrum.variances), len(spectrum.mean)
-        self.mean, self.rows = (
-            spectrum.mean.to(x),
-            None if spectrum.basis is None else spectrum.basis.to(x).contiguous(),
-        )
+        self.mean = spectrum.mean.to(x)
+        self.rows = None if spectrum.basis is None else spectrum.basis.to(x).contiguous()
         self.k, self.complete, self.coefficients = k, k == d, coefficients.to(x)
         self.group = (group if k == d else torch.cat([group[:k], group[k:].expand(d)])).to(x.device)
 
@@ -167,11 +165,8 @@ class Modal:
         """
         data = self.spectrum if spectrum is None else spectrum
         mine, other = self.spectrum.basis, data.basis
-        if data.mean.shape != self.spectrum.mean.shape or not (
-            mine is other
-            if mine is None or other is None
-            else mine.shape == other.shape and bool((mine == other).all())
-        ):
+        same = mine is other or (mine is not None and other is not None and torch.equal(mine, other))
+        if data.mean.shape != self.spectrum.mean.shape or not same:
             raise InputError(
                 "the Gaussian's spectrum must be in the basis of this plan: build it with the same `basis`"
             )
@@ -217,26 +212,18 @@ class Modal:
     @staticmethod
     def load(path: str | Path) -> Modal:
         """Read what `save` wrote; raises InputError for any other or a damaged file."""
-        from safetensors import SafetensorError, safe_open
 
-        try:
-            with safe_open(path, "pt") as f:
-                header, keys = json.loads((f.metadata() or {})["undiffuse"]), f.keys()
-                t = {key: f.get_tensor(key) for key in keys}
-            if header["format"] != FORMAT:
-                raise KeyError(header["format"])
-            spectrum = Spectrum(
-                t["mean"], t["variances"], t.get("basis"), float(t["rest"]), tuple(int(n) for n in t["shape"])
-            )
+        def make(t: dict[str, Tensor], header: dict[str, Any]) -> Modal:
+            shape = tuple(int(n) for n in t["shape"])
+            spectrum = Spectrum(t["mean"], t["variances"], t.get("basis"), float(t["rest"]), shape)
+            parts = zip(t["points"], t["out"], header["names"], header["tuned_on"], strict=True)
             tables = [
                 Tableau(t["alpha"], t["sigma"], points, out, t["start"], t["end"], str(name), tuple(map(str, tuned)))
-                for points, out, name, tuned in zip(
-                    t["points"], t["out"], header["names"], header["tuned_on"], strict=True
-                )
+                for points, out, name, tuned in parts
             ]
             return Modal(spectrum, t["group"], tuple(tables), str(header["name"]))
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-            raise InputError(f"{path} is not a readable plan ({FORMAT}): {error}") from error
+
+        return read(path, "plan", FORMAT, make)
 
 
 def grouped(variances: Tensor, count: Tensor, groups: int | None) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from undiffuse.solvers import Solver
 from undiffuse.types import Denoise, InputError, Noise
 
 FORMAT = "undiffuse-tableau-1"
+T = TypeVar("T")
 
 
 class Moments(NamedTuple):
@@ -283,17 +284,27 @@ class Tableau:
     @staticmethod
     def load(path: str | Path) -> Tableau:
         """Read what `save` wrote; raises InputError for any other or a damaged file."""
-        from safetensors import SafetensorError, safe_open
 
-        try:
-            with safe_open(path, "pt") as f:
-                header = json.loads((f.metadata() or {})["undiffuse"])
-                parts = {k: f.get_tensor(k).double() for k in ("alpha", "sigma", "points", "out", "start", "end")}
-            if header["format"] != FORMAT:
-                raise KeyError(header["format"])
-            return Tableau(**parts, name=str(header["name"]), tuned_on=tuple(map(str, header.get("tuned_on", ()))))
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
-            raise InputError(f"{path} is not a readable tableau ({FORMAT}): {error}") from error
+        def make(parts: dict[str, Tensor], header: dict[str, Any]) -> Tableau:
+            named = {k: parts[k].double() for k in ("alpha", "sigma", "points", "out", "start", "end")}
+            return Tableau(**named, name=str(header["name"]), tuned_on=tuple(map(str, header.get("tuned_on", ()))))
+
+        return read(path, "tableau", FORMAT, make)
+
+
+def read(path: str | Path, what: str, form: str, make: Callable[[dict[str, Tensor], dict[str, Any]], T]) -> T:
+    """What `make` makes of the tensors and the JSON header of a file of this format; InputError for any other file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as f:
+            header = json.loads((f.metadata() or {})["undiffuse"])
+            parts = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (it is no dict)
+        if header["format"] != form:
+            raise KeyError(header["format"])
+        return make(parts, header)
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise InputError(f"{path} is not a readable {what} ({form}): {error}") from error
 
 
 def trace(solver: Solver, levels: Sequence[Level], name: str = "") -> Tableau:

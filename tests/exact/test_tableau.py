@@ -223,9 +223,7 @@ class Watched(torch.Tensor):
             cls.reads += 1
         plain = torch.utils._pytree.tree_map(lambda v: v.plain if isinstance(v, Watched) else v, (args, kwargs or {}))
         out = func(*plain[0], **plain[1])
-        if func.__name__.startswith(
-            ("add_", "mul_", "addcmul_", "addmm_")
-        ):  # in place: the same watched tensor goes on
+        if func.__name__ in ("add_", "mul_", "addcmul_", "addmm_"):  # in place: the same watched tensor goes on
             return args[0]
         return torch.utils._pytree.tree_map(lambda v: Watched.of(v) if isinstance(v, torch.Tensor) else v, out)
 

@@ -94,10 +94,10 @@ class Spectral:
         nodes, start, end = [self.phi(e.level) for e in evals[:count]], self.phi(now), self.phi(then)
         if len(nodes) < count:
             nodes.append(torch.zeros_like(start))
+        w = adams(nodes, start, end)
         if then.is_clean:
-            w = (2 * torch.cos((start + end) / 2) * torch.sin((end - start) / 2) / torch.cos(start))[..., None]
-        else:
-            w = adams(nodes, start, end)
+            falls = 2 * torch.cos((start + end) / 2) * torch.sin((end - start) / 2) / torch.cos(start)
+            w = torch.where(then.sigma[..., None] == 0, pad(falls[..., None], (0, len(nodes) - 1)), w)
         terms, root = [], math.sqrt(self.variance)
         for e, c in zip(evals[:count], w.unbind(-1), strict=False):
             n, c = self.std(e.level), c * self.std(then) / e.level.sigma
