@@ -159,7 +159,7 @@ DEFAULTS: dict[str, Any] = {
     "schedule": {"kind": "vp"},
     "head": {"kind": "edm"},
     "net": {"kind": "unet", "width": 64, "mults": [1], "patch": 2},
-    "levels": {"kind": "uniform-lam", "lam_min": -5.0, "lam_max": 4.0},
+    "levels": {"kind": "uniform-lam", "lam_min": -4.0, "lam_max": 3.0},
     "draws": {"kind": "stratified"},
     "weight": {"kind": "edm"},
     "variance": {"kind": "fixed"},
@@ -171,7 +171,7 @@ DEFAULTS: dict[str, Any] = {
     "engine": {},
     "eval": {},
     "solver": {"kind": "dpmpp-2m"},
-    "grid": {"kind": "uniform-lam", "lam_max": 4.0},  # as far as levels are trained
+    "grid": {"kind": "uniform-lam", "lam_max": 3.0},  # as far as levels are trained
     "guidance": {"kind": "cfg", "w": 2.0},
     "sample": {},
 }
