@@ -36,7 +36,7 @@ PRESET: dict[str, Any] = {
 }
 SOLVERS: dict[str, Solver] = {"DDPM": DDPM(), "DDIM": DDIM(), "DPM-Solver++(2M)": DPMpp2M()}
 STEPS, PATH_STEPS = (5, 10, 20, 50), 32
-LAMS = torch.tensor([-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0])
+LAMS = torch.tensor([-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0])
 
 
 class Result(NamedTuple):
