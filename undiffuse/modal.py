@@ -18,6 +18,7 @@ from undiffuse.level import Level
 from undiffuse.schedule import Schedule
 from undiffuse.solvers.spectral import Spectral
 from undiffuse.spectrum import Spectrum
+from undiffuse.tableau import FORMAT as TABLEAU
 from undiffuse.tableau import Tableau, trace
 from undiffuse.types import Denoise, InputError, Noise
 
@@ -105,6 +106,16 @@ class Modal:
     def levels(self) -> list[Level]:
         """The levels of the evaluations."""
         return self.tables[0].levels
+
+    @property
+    def start(self) -> Tensor:
+        """(alpha, sigma) of the first level."""
+        return self.tables[0].start
+
+    @property
+    def tuned_on(self) -> tuple[str, ...]:
+        """The hashes of the features on which any of the tables was tuned."""
+        return tuple(dict.fromkeys(feature for table in self.tables for feature in table.tuned_on))
 
     @cached_property
     def _plan(self) -> Plan:
@@ -237,6 +248,18 @@ class Modal:
             return Modal(spectrum, t["group"], tuple(tables), str(header["name"]))
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise InputError(f"{path} is not a readable plan ({FORMAT}): {error}") from error
+
+
+def read_plan(path: str | Path) -> Tableau | Modal:
+    """The `Tableau` or `Modal` that was saved there; raises InputError for any other or a damaged file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as f:
+            kind = json.loads((f.metadata() or {})["undiffuse"])["format"]
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise InputError(f"{path} is not a readable plan ({TABLEAU} or {FORMAT}): {error}") from error
+    return Modal.load(path) if kind == FORMAT else Tableau.load(path)
 
 
 def grouped(variances: Tensor, count: Tensor, groups: int | None) -> tuple[Tensor, Tensor]:
