@@ -17,7 +17,7 @@ from undiffuse.modal import Modal, SpectralGrid, counted, grouped, spectral
 from undiffuse.sample import Noise
 from undiffuse.schedule import Schedule
 from undiffuse.seeds import seed_of
-from undiffuse.solvers import DEIS, IPNDM, DPMpp2M, Solver, UniPC
+from undiffuse.solvers import DEIS, IPNDM, Adams, DPMpp2M, Solver, UniPC
 from undiffuse.spectrum import Spectrum
 from undiffuse.tableau import Tableau, trace
 from undiffuse.types import InputError, Model
@@ -29,6 +29,8 @@ CLASSIC: dict[str, Callable[[Schedule], Solver]] = {
     "dpmpp-2m": lambda schedule: DPMpp2M(),
     "unipc-2": lambda schedule: UniPC(2),
     "unipc-3": lambda schedule: UniPC(3),
+    "adams-2-eps": lambda schedule: Adams(2, prediction="eps"),
+    "adams-3-eps": lambda schedule: Adams(3, prediction="eps"),
     "ipndm-3": lambda schedule: IPNDM(3),
     "ipndm-4": lambda schedule: IPNDM(4),
     "deis-3": lambda schedule: DEIS(3, schedule=schedule),
@@ -41,6 +43,7 @@ SPECTRAL: dict[str, tuple[int, bool]] = {  # order, corrector
     "spectral-3": (3, False),
     "spectral-3c": (3, True),
 }
+ALSO = ("spectral", "uniform-lam-4", "karras-0.02")  # the grids of spectral solvers, whose tables take longer
 GRIDS: dict[str, Callable[[Spectrum], Grid]] = {
     "spectral": SpectralGrid,
     "uniform-lam-2": lambda data: UniformLam(lam_max=2.0),
@@ -54,7 +57,9 @@ GRIDS: dict[str, Callable[[Spectrum], Grid]] = {
     "uniform-t": lambda data: UniformT(),
     "quadratic": lambda data: Quadratic(),
 }
-FEW = 8  # noises of the first round
+WORST = 1 / 3  # of the plans that the closed form discards
+FEW, SOME = 4, 12  # noises of the first and the second round; the third has all
+KEPT, LAST = 16, 5  # plans in the second and the third
 FINE = 8  # evaluations of the reference for each of a plan's, and at least LEAST
 LEAST = 40
 TIE = 0.02  # errors this near to the least are equal, and the simpler plan is taken
@@ -109,13 +114,15 @@ def auto(
 ) -> Choice:
     """The plan of `nfe` evaluations that is nearest to the exact probability flow, of all those in the tables here.
 
-    A closed form, the error on Gaussian data of the data's `spectrum`, leaves each solver its best levels; of these,
-    12 to 18, each is run from 8 noises and the best third from all `noises`, beside a solution in 8 times as many
-    evaluations. The least median of |x - reference| / |reference| wins, ties go to the simpler. With noises=0 the
-    choice is by rule and costs no call; without a spectrum it is among multistep solvers. `shape` is that of one
-    sample; `cond` has `noises` rows, `guidance` is as in `sample`: a plan holds for one w. `progress` sees (plans
-    tried, plans to try). Deterministic in `seed`, whose noises are none that `sample` draws. Raises InputError for bad
-    input, and where no plan gives finite samples.
+    A closed form, the error on Gaussian data of the data's `spectrum`, discards a third of all solvers on all levels;
+    the others are run from 4 noises, the best 16 of them from 12 and the best 5 from all `noises`, beside a solution in
+    8 times as many evaluations, which together costs what 800 samples do. The least median of |x - reference| /
+    |reference| wins, ties go to the simpler. With noises=0 the choice is by rule and costs no call; without a spectrum
+    it is among multistep solvers.
+
+    `shape` is that of one sample; `cond` has `noises` rows, `guidance` is as in `sample`: a plan holds for one w.
+    `batch` bounds the noises in memory, `progress` sees (runs done, runs to do). Deterministic in `seed`, whose noises
+    are none that `sample` draws. Raises InputError for bad input, and where no plan gives finite samples.
 
     >>> from undiffuse import VP, Gaussian
     >>> data = Spectrum(torch.zeros(2), torch.tensor([1.0, 0.01]))
@@ -130,8 +137,11 @@ def auto(
     counter, few = Counter(model), min(FEW, noises)
     z = Noise((noises, *shape), seed_of(seed, noises), dtype=dtype, device=device)()
     names, errors = list(plans), {name: torch.empty(0, dtype=torch.float64) for name in plans}
-    best = -(-len(names) // 3)
-    total = 1 + len(names) + (best if noises > few else 0)
+    rounds = [(range(0, few), len(names))]  # the noises of each round and how many plans see them
+    for upto, keep in ((min(SOME, noises), KEPT), (noises, LAST)):
+        if upto > rounds[-1][0].stop:
+            rounds.append((range(rounds[-1][0].stop, upto), min(keep, rounds[-1][1])))
+    total = 1 + sum(keep for _, keep in rounds)
 
     @torch.no_grad()
     def run(plan: Plan, rows: range) -> Tensor:
@@ -154,13 +164,13 @@ def auto(
     if not bool(torch.isfinite(due).all()):
         raise InputError("the model's samples are NaN or infinite even in many evaluations: no sampler can mend that")
     done, size = 1, due.norm(dim=1).clamp(min=torch.finfo(dtype).tiny)
-    for rows in (range(few), range(few, noises)):
-        for name in names if rows else ():
+    for rows, keep in rounds:
+        names = sorted(names, key=median)[:keep] if done > 1 else names
+        for name in names:
             tell(done)
             x = run(plans[name], rows)
             off = ((x - due[rows.start : rows.stop]).norm(dim=1) / size[rows.start : rows.stop]).nan_to_num(math.inf)
             errors[name], done = torch.cat([errors[name], off]), done + 1
-        names = sorted(names, key=median)[:best]
     tell(total)
     least = min(map(median, names))
     if math.isinf(least):
@@ -185,9 +195,9 @@ def rule(nfe: int, spectrum: Spectrum | None, w: float) -> tuple[str, str]:
 def shortlist(schedule: Schedule, nfe: int, spectrum: Spectrum | None) -> tuple[dict[str, Plan], dict[str, float]]:
     """The plans to try by name, simpler ones first, and the closed form's error of all that were considered.
 
-    Every multistep solver has the levels of `SpectralGrid` and those that are best for it by the closed form; spectral
-    solvers, which are exact there, have the former alone. Levels that are impossible on this schedule, or the same as
-    others, and tables that are not finite are left out.
+    The worst third by the closed form is left out: where it is large a plan is bad, but among the others it does not
+    tell the best. So are levels that are impossible on this schedule, or the same as others, and tables that are not
+    finite.
     """
     data, levels = spectrum or UNKNOWN, dict[str, Levels]()
     for name, make in GRIDS.items():
@@ -201,19 +211,17 @@ def shortlist(schedule: Schedule, nfe: int, spectrum: Spectrum | None) -> tuple[
     plans: dict[str, Plan] = {}
     gaussian: dict[str, float] = {}
     for solver in solvers:
-        own = dict[str, Plan]()
-        for grid in levels if solver in CLASSIC else levels.keys() & {"spectral"}:
+        for grid in levels if solver in CLASSIC else (g for g in ALSO if g in levels):
             try:
                 plan = _table(solver, grid, levels[grid], schedule, spectrum)
             except InputError:
                 continue
             if plan.nfe == nfe and math.isfinite(off := gaussian_error(plan, data)):
-                own[plan.name], gaussian[plan.name] = plan, off
-        best = min(own, key=lambda name: gaussian[name], default="")
-        plans |= {name: plan for name, plan in own.items() if name in (best, f"{solver} on spectral")}
+                plans[plan.name], gaussian[plan.name] = plan, off
     if not plans:
         raise InputError(f"no plan of {nfe} evaluations is possible on {schedule}: take a schedule that falls in noise")
-    return plans, gaussian
+    last = sorted(gaussian.values())[-int(WORST * len(gaussian)) - 1]
+    return {name: plan for name, plan in plans.items() if gaussian[name] <= last}, gaussian
 
 
 def gaussian_error(plan: Plan, data: Spectrum) -> float:
