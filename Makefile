@@ -42,6 +42,7 @@ bench: .venv/.peers
 
 bench-solvers: .venv/.peers
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/solvers/run.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/solvers/auto.py
 
 # lucidrains' Trainer and azula need torchvision, which needs a build of torch of its own: about 6 GB
 .venv-peers/.done: pyproject.toml constraints-peers.txt

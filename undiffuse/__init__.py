@@ -18,7 +18,7 @@ from undiffuse.grid import (
 )
 from undiffuse.guide import CFG, GUIDES
 from undiffuse.level import Level, from_x0, reverse_transition, to_x0, transition
-from undiffuse.modal import Modal, SpectralGrid, spectral
+from undiffuse.modal import Modal, SpectralGrid, read_plan, spectral
 from undiffuse.precond import HEADS, X0, EDMPrecond, Eps, FlowVelocity, Index, LogNSR, Score, V
 from undiffuse.sample import Noise, State, sample, trajectory
 from undiffuse.schedule import (
@@ -65,6 +65,7 @@ from undiffuse.solvers import (
 )
 from undiffuse.spectrum import Spectrum
 from undiffuse.tableau import Tableau, trace
+from undiffuse.tune import auto
 from undiffuse.types import Denoise, InputError
 from undiffuse.version import __version__ as __version__
 

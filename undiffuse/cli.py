@@ -1,4 +1,4 @@
-"""The command line: demo, train, sample, evaluate, certify, info.
+"""The command line: demo, train, sample, evaluate, certify, plan, info.
 
 Exit codes: 0 done, 1 failed check, 2 bad input, 75 try again.
 """
@@ -39,8 +39,9 @@ from undiffuse.evaluation import report
 from undiffuse.evaluation.open import data_of_run, data_of_samples
 from undiffuse.fit import fit
 from undiffuse.guide import CFG
+from undiffuse.modal import read_plan
 from undiffuse.model import SHIPPED, Model, find_run, run_folder, shipped
-from undiffuse.tableau import Tableau
+from undiffuse.plans import plan_for
 from undiffuse.train import Lost, NonFinite, Preempted, Processes, Signals, TrainState
 from undiffuse.types import InputError
 
@@ -54,6 +55,11 @@ AverageOf = Annotated[
     float | None,
     typer.Option("--ema", help="the average of the weights of this length, 0 to 0.2887; needs train.snapshots"),
 ]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", help="sample by a saved plan (a tableau) instead of solver, grid and steps")
+]
+plans = typer.Typer(no_args_is_help=True, help="Saved samplers: tables of coefficients, as `sample --nfe` keeps them.")
+app.add_typer(plans, name="plan")
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings as key=value; see `undiffuse info config`")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved configuration and stop")]
@@ -220,6 +226,11 @@ def sample(
     ] = None,
     ema: AverageOf = None,
     number: Annotated[int | None, typer.Option("-n", help="how many; the same as sample.n")] = None,
+    nfe: Annotated[
+        int | None,
+        typer.Option(help="by the sampler of so many evaluations that suits the model; sought once, kept in the run"),
+    ] = None,
+    plan: PlanFile = None,
     shard: Annotated[int, typer.Option(help="samples per shard of a folder")] = 1000,
     form: Annotated[str, typer.Option("--format", help="shards of a folder: safetensors, or png (a .tar each)")] = (
         "safetensors"
@@ -232,7 +243,7 @@ def sample(
     dry_run: DryRun = False,
 ) -> None:
     """Sample from a finished run, e.g. `undiffuse sample runs/digits --label each solver=ddim sample.steps=10`, or from
-    a model that comes along: `undiffuse sample fashion --class sandal -n 16`.
+    a model that comes along: `undiffuse sample fashion --class sandal -n 16`. With --nfe nothing else is to be chosen.
 
     Into a folder, as shards: `undiffuse sample runs/digits -n 50000 --label each --out shards/`. The same command goes
     on where it was stopped; torchrun, accelerate or --ray spread it, and the files are the same however it is done.
@@ -243,9 +254,13 @@ def sample(
     if n is not None and isinstance(layer.setdefault("sample", {}), dict):
         layer["sample"]["n"] = n
     config = bulk_module.configure(model, layer)
+    if nfe is not None or plan is not None:
+        _no_more_than_a_plan(nfe, plan, layer)
     if dry_run:
         return _dry(config, as_json)
     if out is not None and (out.is_dir() or not out.suffix):
+        if nfe is not None or plan is not None:
+            raise InputError("--nfe and --plan are for one file: shards take solver, grid and sample.steps")
         job = bulk_module.plan(
             model, run, out, label, settings=layer, shard=shard, format=form, device=device, threads=threads
         )
@@ -258,7 +273,16 @@ def sample(
     cycle = model.cycle(label)
     labels = torch.tensor(cycle)[torch.arange(use.n) % len(cycle)] if cycle else None
     words = "any" if label is None else re.sub(r"[^\w-]+", "_", label)
-    name = f"seed{use.seed}-{words}-{_how(config, bool(cycle))}" + ("" if ema is None else f"-ema{ema:g}")
+    table, kept = None if plan is None else read_plan(plan), None
+    if nfe is not None:
+        with Bars(as_json) as bars:
+            kept = plan_for(model, run, config, nfe, bool(cycle), lambda i, n: bars.move("choosing a sampler", i, n))
+        table = kept.plan
+    if table is None:
+        how = _how(config, bool(cycle))
+    else:
+        how = plan.stem if plan is not None else f"nfe{nfe}{_weight(config, bool(cycle))}"
+    name = f"seed{use.seed}-{words}-{how}" + ("" if ema is None else f"-ema{ema:g}")
     out = out or _own_folder(run, "samples") / f"{name}.png"
     if len(model.shape) != 3 and out.suffix == ".png":
         out = out.with_suffix(".npy")
@@ -272,7 +296,8 @@ def sample(
 
     started = time.perf_counter()
     chunks = -(-use.n // use.batch)
-    total = chunks * (len(config.build("grid")(config.build("schedule"), use.steps)) - 1)
+    grid = config.build("grid")(config.build("schedule"), use.steps) if table is None else ()
+    total = chunks * (len(grid) - 1)
     with Bars(as_json) as bars:
         done: list[int] = []
 
@@ -280,7 +305,7 @@ def sample(
             done.append(state.i)
             bars.move("sampling", len(done), total, f"{state.nfe} evaluations")
 
-        x = model.using(config).sample(label=labels, guidance=guidance, progress=on_state)
+        x = model.using(config).sample(label=labels, plan=table, guidance=guidance, progress=on_state)
     seconds = time.perf_counter() - started
     if not bool(torch.isfinite(x).all()):
         raise NonFinite(
@@ -291,7 +316,7 @@ def sample(
         plot.save_png(model.shown(x), out, plot.columns_for(use.n, len(cycle)))
     else:
         np.save(out, x.numpy())
-    facts = {
+    facts: dict[str, Any] = {
         "file": str(out),
         "n": use.n,
         "nfe": counter.calls // chunks,
@@ -299,6 +324,12 @@ def sample(
         "seconds": round(seconds, 4),
         "seconds_per_sample": round(seconds / use.n, 6),
     }
+    if table is not None:
+        facts["plan"] = {"name": table.name, "file": str(plan) if kept is None else kept.path and str(kept.path)}
+    if kept is not None and kept.choice is not None:
+        facts["plan"]["rows"] = kept.choice.rows
+        if not as_json:
+            console.print(str(kept.choice) + (f"\nkept in {kept.path}" if kept.path else ""), soft_wrap=True)
     text = f"{out}: {use.n} samples, {facts['nfe']} evaluations, {facts['rows_per_sample']:g} network rows a sample, "
     _say(as_json, facts, text + f"{1000 * seconds / use.n:.1f} ms a sample")
 
@@ -321,8 +352,23 @@ def _number(number: int | None, layer: dict[str, Any]) -> int | None:
 def _how(config: Config, guided: bool) -> str:
     """What tells a sample's file from those of other settings."""
     values = config.values
-    w = f"-w{values['guidance']['w']:g}" if guided and "w" in values["guidance"] else ""
-    return f"{values['solver']['kind']}-{values['sample']['steps']}{w}"
+    return f"{values['solver']['kind']}-{values['sample']['steps']}{_weight(config, guided)}"
+
+
+def _weight(config: Config, guided: bool) -> str:
+    values = config.values["guidance"]
+    return f"-w{values['w']:g}" if guided and "w" in values else ""
+
+
+def _no_more_than_a_plan(nfe: int | None, plan: Path | None, layer: dict[str, Any]) -> None:
+    """InputError where a plan is asked for together with what it takes the place of."""
+    given: list[str] = [key for key in ("solver", "grid") if key in layer]
+    given += ["schedule"] if plan is not None and "schedule" in layer else []
+    given += ["sample.steps"] if "steps" in layer.get("sample", {}) else []
+    if nfe is not None and plan is not None:
+        raise InputError("--nfe chooses a plan and --plan gives one: leave one of them out")
+    if given:
+        raise InputError(f"a plan has its own solver and levels: leave out {', '.join(given)}, or --nfe and --plan")
 
 
 def _shards(job: bulk_module.Job, model: Model, engine: str, workers: int | None, as_json: bool) -> None:
@@ -379,7 +425,7 @@ def evaluate(
     likelihood: Annotated[
         int | None, typer.Option(help="held-out samples for bits per dimension; 0: none; default 64")
     ] = None,
-    plan: Annotated[Path | None, typer.Option(help="sample by a saved tableau instead of solver and grid")] = None,
+    plan: PlanFile = None,
     seed: Annotated[int, typer.Option(help="of metrics and likelihoods; that of samples is sample.seed")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="a folder; default RUN/evaluations/SOLVER-STEPS-W-..., named by all settings")
@@ -432,7 +478,7 @@ def evaluate(
     config = bulk_module.configure(model, layer)
     if dry_run:
         return _dry(config, as_json)
-    table = None if plan is None else Tableau.load(plan)
+    table = None if plan is None else read_plan(plan)
     name = plan.stem if plan is not None else _how(config, bool(model.classes))
     settings = [*(config.values[key] for key in bulk_module.SETTINGS), asdict(choices), str(plan), ema]
     folder = out if out is not None else _own_folder(run, "evaluations") / f"{name}-{digest(json.dumps(settings))[:6]}"
@@ -506,6 +552,15 @@ def _compared(paths: tuple[Path, Path], as_json: bool) -> None:
     console.print(table)
     for name, why in found.left_out.items():
         console.print(f"not compared: {name}: {why}", soft_wrap=True)
+
+
+@plans.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="a plan, such as RUN/plan-6.safetensors")],
+    digits: Annotated[int, typer.Option(min=1, help="decimals")] = 4,
+) -> None:
+    """Print a saved plan: every evaluation's level, and the coefficients of the point at which it is made."""
+    console.print(read_plan(file).show(digits), soft_wrap=True)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,8 @@ from undiffuse.level import Level
 from undiffuse.schedule import Schedule
 from undiffuse.solvers.spectral import Spectral
 from undiffuse.spectrum import Spectrum
-from undiffuse.tableau import Tableau, read, trace
+from undiffuse.tableau import FORMAT as TABLEAU
+from undiffuse.tableau import Tableau, made_tableau, read, trace
 from undiffuse.types import Denoise, InputError, Noise
 
 FORMAT = "undiffuse-modal-1"
@@ -103,6 +104,16 @@ class Modal:
     def levels(self) -> list[Level]:
         """The levels of the evaluations."""
         return self.tables[0].levels
+
+    @property
+    def start(self) -> Tensor:
+        """(alpha, sigma) of the first level."""
+        return self.tables[0].start
+
+    @property
+    def tuned_on(self) -> tuple[str, ...]:
+        """The hashes of the features on which any of the tables was tuned."""
+        return tuple(dict.fromkeys(feature for table in self.tables for feature in table.tuned_on))
 
     @cached_property
     def _plan(self) -> Plan:
@@ -212,18 +223,25 @@ class Modal:
     @staticmethod
     def load(path: str | Path) -> Modal:
         """Read what `save` wrote; raises InputError for any other or a damaged file."""
+        return read(path, {FORMAT: made_modal})
 
-        def make(t: dict[str, Tensor], header: dict[str, Any]) -> Modal:
-            shape = tuple(int(n) for n in t["shape"])
-            spectrum = Spectrum(t["mean"], t["variances"], t.get("basis"), float(t["rest"]), shape)
-            parts = zip(t["points"], t["out"], header["names"], header["tuned_on"], strict=True)
-            tables = [
-                Tableau(t["alpha"], t["sigma"], points, out, t["start"], t["end"], str(name), tuple(map(str, tuned)))
-                for points, out, name, tuned in parts
-            ]
-            return Modal(spectrum, t["group"], tuple(tables), str(header["name"]))
 
-        return read(path, "plan", FORMAT, make)
+def made_modal(t: dict[str, Tensor], header: dict[str, Any]) -> Modal:
+    """The modal plan of a file's tensors and header."""
+    shape = tuple(int(n) for n in t["shape"])
+    spectrum = Spectrum(t["mean"], t["variances"], t.get("basis"), float(t["rest"]), shape)
+    parts = zip(t["points"], t["out"], header["names"], header["tuned_on"], strict=True)
+    tables = [
+        Tableau(t["alpha"], t["sigma"], points, out, t["start"], t["end"], str(name), tuple(map(str, tuned)))
+        for points, out, name, tuned in parts
+    ]
+    return Modal(spectrum, t["group"], tuple(tables), str(header["name"]))
+
+
+def read_plan(path: str | Path) -> Tableau | Modal:
+    """The `Tableau` or `Modal` that was saved there; raises InputError for any other or a damaged file."""
+    formats: dict[str, Callable[..., Tableau | Modal]] = {TABLEAU: made_tableau, FORMAT: made_modal}
+    return read(path, formats)
 
 
 def grouped(variances: Tensor, count: Tensor, groups: int | None) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,8 @@ from undiffuse.schedule import Schedule
 from undiffuse.solvers import Solver
 from undiffuse.spectrum import Spectrum
 from undiffuse.train import Snapshots, commit, load_weights, verify, weights
-from undiffuse.types import InputError
+from undiffuse.tune import Choice, auto
+from undiffuse.types import InputError, Plan
 
 SHIPPED = Path(__file__).parent / "models"
 
@@ -179,6 +180,7 @@ class Model:
         steps: int | None = None,
         solver: Solver | None = None,
         grid: Grid | None = None,
+        plan: Plan | None = None,
         guidance: Guidance | float | None = None,
         schedule: Schedule | None = None,
         seed: int | None = None,
@@ -189,20 +191,24 @@ class Model:
     ) -> Tensor:
         """n samples (n, *shape) in the data's range; what is not given comes from the configuration.
 
-        `label` conditions (None: unconditional, guidance off); see `undiffuse.sample` for the rest.
+        `label` conditions (None: unconditional, guidance off); `plan` takes the place of schedule, steps, solver and
+        grid; see `undiffuse.sample` for the rest.
         """
         use = self.config.section("sample")
         n = use.n if n is None else n
         cond = self.cond(label, n)
         if guidance is None:
             guidance = 1.0 if cond is None else self.config.build("guidance")
+        if plan is None:
+            solver, grid = solver or self.config.build("solver"), grid or self.config.build("grid")
         x = sample(
             self.denoiser,
             (n, *self.shape),
             schedule or self.schedule,
             steps=use.steps if steps is None else steps,
-            solver=solver or self.config.build("solver"),
-            grid=grid or self.config.build("grid"),
+            solver=solver,
+            grid=grid,
+            plan=plan,
             cond=cond,
             guidance=guidance,
             seed=use.seed if seed is None else seed,
@@ -213,6 +219,39 @@ class Model:
             device=self.device,
         )
         return self.restore(x)
+
+    def auto(
+        self,
+        nfe: int,
+        *,
+        guidance: Guidance | float | None = None,
+        noises: int = 32,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Choice:
+        """The sampler of `nfe` evaluations that suits this model best: `model.sample(plan=model.auto(6).plan)`.
+
+        Without `guidance` it is chosen for unconditional samples, with it (a weight, 1 being conditional and unguided,
+        or a guidance) for labels of all classes in turn. See `undiffuse.auto` for how, what it costs, and `noises`.
+        """
+        cond = None
+        if guidance is not None:
+            self._needs_classes()
+            cond = self.cond([k % self.classes for k in range(noises)], noises) if noises else None
+        return auto(
+            self.denoiser,
+            self.shape,
+            self.schedule,
+            nfe,
+            spectrum=self.spectrum,
+            noises=noises,
+            cond=cond,
+            guidance=1.0 if guidance is None else guidance,
+            seed=seed,
+            batch=self.config.section("sample").batch,
+            device=self.device,
+            progress=progress,
+        )
 
     def bind(self, label: int | Sequence[int] | Tensor | None, n: int, w: float = 1.0) -> Any:
         """The denoiser for n samples with label and guidance bound: what `trajectory` and `Tableau.run` take."""

@@ -15,7 +15,7 @@ from undiffuse.level import Level, transition
 from undiffuse.schedule import Schedule
 from undiffuse.seeds import mix
 from undiffuse.solvers import DPMpp2M, Eval, Solver
-from undiffuse.types import Denoise, InputError, Model
+from undiffuse.types import Denoise, InputError, Model, Plan
 from undiffuse.types import Noise as NoiseLike
 
 
@@ -133,6 +133,7 @@ def sample(
     steps: int = 20,
     solver: Solver | None = None,
     grid: Grid | None = None,
+    plan: Plan | None = None,
     cond: Any = None,
     guidance: Guidance | float = 1.0,
     seed: int = 0,
@@ -145,24 +146,27 @@ def sample(
 ) -> Tensor:
     """Samples of `shape` (n, *data) from the model, by default with DPM-Solver++(2M) on levels uniform in lam.
 
-    `schedule` gives the levels and may differ from the one that the model was trained on. `cond` is a `Cond` of n rows
-    and `guidance` a weight w (1 is off) or a guidance such as `CFG(w, lam_min, lam_max)`. Sample k depends on (seed,
-    first + k) alone; `batch` bounds the samples in memory; with `rows` every network call has exactly so many rows,
-    which makes samples bit-equal for every batch (see `FixedRows`). `progress` sees every `State`. Raises InputError
-    for bad input.
+    `schedule` gives the levels and may differ from the one that the model was trained on. A `plan` (a `Tableau` or
+    `Modal`, such as `auto` finds) takes the place of schedule, steps, solver and grid; no `State` is seen then. `cond`
+    is a `Cond` of n rows and `guidance` a weight w (1 is off) or a guidance such as `CFG(w, lam_min, lam_max)`. Sample
+    k depends on (seed, first + k) alone; `batch` bounds the samples in memory; with `rows` every network call has
+    exactly so many rows, which makes samples bit-equal for every batch (see `FixedRows`). `progress` sees every
+    `State`. Raises InputError for bad input.
 
     >>> from undiffuse import Gaussian, Spectrum, VP
     >>> model = Gaussian(Spectrum(torch.zeros(2), torch.ones(2)))
     >>> sample(model, (5, 2), VP(), steps=4).shape
     torch.Size([5, 2])
     """
+    if plan is not None and (solver is not None or grid is not None):
+        raise InputError("a plan is a solver on its own levels: leave solver and grid out, or the plan")
     solver, grid = solver or DPMpp2M(), grid or UniformLam()
     guide = CFG(float(guidance)) if isinstance(guidance, int | float) else guidance
     if isinstance(grid, type) or not callable(grid) or isinstance(schedule, type) or not hasattr(schedule, "level"):
         raise InputError(
             f"schedule and grid must be instances such as VP() and UniformLam(), got {schedule!r}, {grid!r}"
         )
-    n, levels = shape[0], check_levels(grid(schedule, steps)).levels
+    n, levels = shape[0], () if plan is not None else check_levels(grid(schedule, steps)).levels
     if n < 1 or (batch is not None and batch < 1):
         raise InputError(f"the number of samples and the batch must be >= 1, got n = {n}, batch = {batch}")
     if cond is not None and len(cond) != n:
@@ -173,6 +177,9 @@ def sample(
             stop = min(n, start + (batch or n))
             noise = Noise((stop - start, *shape[1:]), seed, range(first + start, first + stop), dtype, device)
             denoise = guide(model, None if cond is None else cond[start:stop].to(device))
+            if plan is not None:
+                out.append(plan.run(denoise, plan.start[1] * noise(), noise))
+                continue
             x = levels[0].sigma * noise()
             for state in trajectory(denoise, x, levels, solver, noise):
                 x = state.x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -284,27 +284,26 @@ class Tableau:
     @staticmethod
     def load(path: str | Path) -> Tableau:
         """Read what `save` wrote; raises InputError for any other or a damaged file."""
-
-        def make(parts: dict[str, Tensor], header: dict[str, Any]) -> Tableau:
-            named = {k: parts[k].double() for k in ("alpha", "sigma", "points", "out", "start", "end")}
-            return Tableau(**named, name=str(header["name"]), tuned_on=tuple(map(str, header.get("tuned_on", ()))))
-
-        return read(path, "tableau", FORMAT, make)
+        return read(path, {FORMAT: made_tableau})
 
 
-def read(path: str | Path, what: str, form: str, make: Callable[[dict[str, Tensor], dict[str, Any]], T]) -> T:
-    """What `make` makes of the tensors and the JSON header of a file of this format; InputError for any other file."""
+def made_tableau(parts: dict[str, Tensor], header: dict[str, Any]) -> Tableau:
+    """The tableau of a file's tensors and header."""
+    named = {k: parts[k].double() for k in ("alpha", "sigma", "points", "out", "start", "end")}
+    return Tableau(**named, name=str(header["name"]), tuned_on=tuple(map(str, header.get("tuned_on", ()))))
+
+
+def read(path: str | Path, formats: Mapping[str, Callable[[dict[str, Tensor], dict[str, Any]], T]]) -> T:
+    """What the format of a file makes of its tensors and its JSON header; InputError for a file of no such format."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as f:
             header = json.loads((f.metadata() or {})["undiffuse"])
             parts = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (it is no dict)
-        if header["format"] != form:
-            raise KeyError(header["format"])
-        return make(parts, header)
+        return formats[header["format"]](parts, header)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise InputError(f"{path} is not a readable {what} ({form}): {error}") from error
+        raise InputError(f"{path} is not a readable plan ({' or '.join(formats)}): {error}") from error
 
 
 def trace(solver: Solver, levels: Sequence[Level], name: str = "") -> Tableau:

@@ -28,6 +28,15 @@ class Noise(Protocol):
     def __call__(self) -> Tensor: ...
 
 
+class Plan(Protocol):
+    """A solver on its levels, ready to run: a `Tableau` or a `Modal`."""
+
+    @property
+    def start(self) -> Tensor: ...  # (alpha, sigma) of the first level
+
+    def run(self, denoise: Denoise, x: Tensor, noise: Noise | None = None) -> Tensor: ...
+
+
 class InputError(ValueError):
     """A mistake in what the user gave; the message says what was given, what was expected and what to do.
 

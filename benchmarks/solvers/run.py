@@ -133,9 +133,9 @@ class Bench:
                 for plan in {p.steps: p for p in plans}.values():
                     self.our_cell(target, name, (solver, grid), plan, truth)
 
-    def deterministic(self, target: Target, name: str) -> None:
-        """All deterministic cells of a target and schedule."""
-        schedule = SCHEDULES[name]
+    def peer_cells(self, target: Target, name: str) -> list[Record]:
+        """The peers' deterministic cells of a target and schedule."""
+        schedule, found = SCHEDULES[name], []
         truth, z, denoise = reference(target, name, schedule), unit_noise(target), target.denoise(target.seeds)
         for lib, case in self.peers(schedule, False):
             for steps in sorted({s for b in self.budgets_of(target, name) if (s := case.steps_for(b)) is not None}):
@@ -149,7 +149,12 @@ class Bench:
                         return named | {"nfe": case.nfe(steps), "error": text}
                     return named | {"nfe": nfe} | distance(x, truth)
 
-                self.store.get(peer_key(target, name, lib, case, steps), make)
+                found.append(self.store.get(peer_key(target, name, lib, case, steps), make))
+        return found
+
+    def deterministic(self, target: Target, name: str) -> None:
+        """All deterministic cells of a target and schedule."""
+        self.peer_cells(target, name)
         if "ours" in self.sides:
             self.our_cells(target, name)
 

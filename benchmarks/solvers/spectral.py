@@ -39,7 +39,8 @@ def overall(mixture: Mixture) -> Spectrum:
     """Mean and covariance of all components together, in closed form."""
     w, d = mixture.log_w.exp(), mixture.means.shape[1]
     mean, bases = w @ mixture.means, mixture.bases
-    assert bases is not None
+    if bases is None:
+        bases = torch.eye(d, dtype=w.dtype).expand(len(w), d, d)
     rest = mixture.rest[:, 0] if bases.shape[1] < d else torch.zeros_like(w)
     within = (w[:, None] * (mixture.variances - rest[:, None])).clamp(min=0).sqrt()[..., None] * bases
     root = torch.cat([w.sqrt()[:, None] * (mixture.means - mean), within.reshape(-1, d)])

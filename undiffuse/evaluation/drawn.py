@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from undiffuse.data.source import digest
-from undiffuse.denoise import Counter, FixedRows
+from undiffuse.denoise import Counter
 from undiffuse.evals.features import hash_of
 from undiffuse.guide import CFG, Guidance
+from undiffuse.modal import Modal
 from undiffuse.model import Model
-from undiffuse.sample import Noise, State, sample
+from undiffuse.sample import State, sample
 from undiffuse.tableau import Tableau
 from undiffuse.train import NonFinite, Processes, weights
 
@@ -29,7 +30,7 @@ class Sampler:
     labels: Tensor | None
     seed: int
     processes: Processes
-    plan: Tableau | None = None
+    plan: Tableau | Modal | None = None
 
     def at(self, steps: int | None = None, w: float | None = None) -> Sampler:
         """The same with other steps or another guidance weight."""
@@ -71,40 +72,28 @@ class Sampler:
         for i, start in enumerate(starts):
             k = range(start, min(part.stop, start + use.batch))
             labels = None if self.labels is None else self.labels[k.start : k.stop]
-            if self.plan is None:
 
-                def on_state(state: State, i: int = i) -> None:
-                    progress(i * self.steps + state.i, len(starts) * self.steps)
+            def on_state(state: State, i: int = i) -> None:
+                progress(i * self.steps + state.i, len(starts) * self.steps)
 
-                x = model.sample(
-                    len(k), labels, guidance=self.guidance, seed=self.seed, first=k.start, progress=on_state
-                )
-            else:
-                denoiser = FixedRows(model.denoiser, use.rows) if use.rows else model.denoiser
-                x = model.restore(self._planned(self.plan, denoiser, k, labels))
+            x = model.sample(
+                len(k), labels, plan=self.plan, guidance=self.guidance, seed=self.seed, first=k.start, progress=on_state
+            )
+            if self.plan is not None:
                 progress(i + 1, len(starts))
             out.append(x)
         return torch.cat(out)
-
-    @torch.no_grad()
-    def _planned(self, plan: Tableau, denoiser: Any, k: range, labels: Tensor | None) -> Tensor:
-        model, cond = self.model, self.model.cond(labels, len(k))
-        noise = Noise((len(k), *model.shape), self.seed, k, device=model.device)
-        denoise = self.guidance(denoiser, None if cond is None else cond.to(model.device))
-        return plan.run(denoise, plan.start[1] * noise(), noise)
 
     def cost(self) -> dict[str, Any]:
         """nfe (sequential evaluations) and network rows of one sample, counted on sample 0."""
         counter, model = Counter(self.model.denoiser), self.model
         labels = None if self.labels is None else self.labels[:1]
-        if self.plan is not None:
-            self._planned(self.plan, counter, range(1), labels)
-        else:
-            cond, use = model.cond(labels, 1), model.config
-            sample(
-                counter, (1, *model.shape), model.schedule, steps=self.steps, solver=use.build("solver"),
-                grid=use.build("grid"), cond=cond, guidance=self.guidance, seed=self.seed, device=model.device,
-            )  # fmt: skip
+        cond, use, own = model.cond(labels, 1), model.config, self.plan is None
+        sample(
+            counter, (1, *model.shape), model.schedule, steps=self.steps, solver=use.build("solver") if own else None,
+            grid=use.build("grid") if own else None, plan=self.plan, cond=cond, guidance=self.guidance, seed=self.seed,
+            device=model.device,
+        )  # fmt: skip
         return {"nfe": counter.calls, "rows": counter.rows}
 
     def about(self, weights_are: str, run: str = "") -> dict[str, Any]:
@@ -121,7 +110,7 @@ class Sampler:
             "steps": self.steps,
         }
         if self.plan is not None:
-            how |= {"solver": f"tableau {self.plan.name}".strip(), "grid": "the tableau's", "steps": self.plan.nfe}
+            how |= {"solver": f"plan {self.plan.name}".strip(), "grid": "the plan's", "steps": self.plan.nfe}
         return {
             **how,
             **self.cost(),

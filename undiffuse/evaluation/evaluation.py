@@ -25,6 +25,7 @@ from undiffuse.evaluation.scores import (
     judge_of,
     memorisation,
 )
+from undiffuse.modal import Modal
 from undiffuse.model import Model
 from undiffuse.runlog import plain
 from undiffuse.tableau import Tableau
@@ -75,7 +76,7 @@ class Choices:
         """What the curves go over; InputError for what this sampler does not have."""
         fixed = ""
         if sampler.plan is not None:
-            fixed = "a tableau has its own steps"
+            fixed = "a plan has its own steps"
         elif getattr(sampler.model.config.build("solver"), "adaptive", False):
             fixed = "an adaptive solver chooses its steps by its tolerance"
         guided = sampler.labels is not None and "w" in sampler.model.config.values["guidance"]
@@ -127,7 +128,7 @@ def evaluate(
     held_out: Data,
     choices: Choices | None = None,
     *,
-    plan: Tableau | None = None,
+    plan: Tableau | Modal | None = None,
     weights: str = "as given",
     run: str = "",
     processes: Processes | None = None,

@@ -1,0 +1,160 @@
+"""Plans from a run to its samples: chosen, kept, used again, shown."""
+
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_cli import put_model
+from undiffuse import VP, InputError, Modal, Model, Tableau, UniformLam, UniPC, read_plan, spectral, trace
+from undiffuse.config import Config
+from undiffuse.model import SHIPPED, find_run
+from undiffuse.plans import plan_for, plan_name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.set_num_threads(1)
+    return put_model(tmp_path_factory.mktemp("plans") / "tiny")
+
+
+@pytest.fixture
+def own(folder, tmp_path):
+    """A run of the test's own."""
+    return shutil.copytree(folder, tmp_path / "own")
+
+
+def test_either_kind_of_file_is_read_and_shown(own, tmp_path, run):
+    levels, data = UniformLam()(VP(), 3), Model.load(own).spectrum
+    for plan in (trace(UniPC(2), levels, "unipc"), spectral(data, levels)):
+        plan.save(tmp_path / "p.safetensors")
+        again = read_plan(tmp_path / "p.safetensors")
+        assert type(again) is type(plan)
+        assert again.show() == plan.show()
+        code, out, _ = run("plan", "show", tmp_path / "p.safetensors", "--digits", 2)
+        assert code == 0
+        assert out.strip() == plan.show(2)
+
+
+def test_a_plan_samples_as_its_solver_does(folder):
+    model, levels = Model.load(folder), UniformLam()(VP(), 4)
+    plan = trace(UniPC(2), levels)
+    a = model.sample(3, [1, 2, 3], plan=plan, seed=4)
+    b = model.sample(3, [1, 2, 3], steps=4, solver=UniPC(2), grid=UniformLam(), schedule=VP(), seed=4)
+    assert torch.allclose(a, b, atol=1e-5)
+    # sample k is the same in another batch, also of a plan in a basis
+    modal = spectral(model.spectrum, levels)
+    assert torch.allclose(model.sample(4, plan=modal)[2:], model.sample(2, plan=modal, first=2), atol=1e-5)
+    with pytest.raises(InputError, match="leave solver and grid out"):
+        model.sample(2, plan=plan, solver=UniPC(2))
+
+
+def test_the_method_chooses_for_the_model_it_belongs_to(folder):
+    model = Model.load(folder)
+    assert model.auto(6, noises=0).plan.name == "spectral-3c on spectral"
+    assert model.auto(6, guidance=7.5, noises=0).plan.name == "spectral-1c on spectral"
+    found = model.auto(2, guidance=2.0, noises=4)
+    tried = [trial for trial in found.trials if trial.noises]
+    assert found.rows == 2 * 4 * (40 + 2 * len(tried))  # guidance: two rows each
+    assert model.sample(2, label=3, plan=found.plan).shape == (2, 1, 8, 8)
+
+
+def test_nfe_is_sought_once_and_kept(own, run):
+    code, out, _ = run("sample", own, "--nfe", 2, "-n", 3, "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert facts["nfe"] == 2
+    assert facts["plan"]["file"] == str(own / "plan-2.safetensors")
+    assert facts["plan"]["rows"] > 0
+    before = (own / "plan-2.safetensors").read_bytes()
+    first = Path(facts["file"]).read_bytes()
+    code, out, _ = run("sample", own, "--nfe", 2, "-n", 3, "--json")
+    assert "rows" not in json.loads(out)["plan"]  # used again
+    assert (own / "plan-2.safetensors").read_bytes() == before
+    code, out, _ = run("sample", own, "--plan", own / "plan-2.safetensors", "-n", 3, "--json")
+    assert code == 0
+    again = json.loads(out)
+    assert again["plan"]["name"] == facts["plan"]["name"]
+    assert Path(again["file"]).read_bytes() == first
+    assert again["file"].endswith("seed0-any-plan-2.png")
+    assert isinstance(read_plan(own / "plan-2.safetensors"), Tableau | Modal)
+    assert not list(own.glob("*.part"))
+
+
+def test_guided_plans_are_kept_by_weight_and_said(own, run):
+    code, out, _ = run("sample", own, "--nfe", 2, "-n", 2, "--label", "each", "guidance.w=3")
+    assert code == 0
+    assert (own / "plan-2-w3.safetensors").is_file()
+    assert "network rows" in out
+    assert "4 network rows a sample" in out
+    assert list((own / "samples").glob("seed0-each-nfe2-w3.png"))
+
+
+def test_a_plan_of_a_model_trained_further_is_made_anew(own):
+    model = Model.load(own)
+    assert plan_for(model, own, model.config, 1, False).choice is not None
+    assert plan_for(model, own, model.config, 1, False).choice is None
+    path = own / "plan-1.safetensors"
+    os.utime(path, (0, 0))
+    assert plan_for(model, own, model.config, 1, False).choice is not None
+    assert path.stat().st_mtime > 0
+    path.write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"plan-1\.safetensors is not a readable plan"):
+        plan_for(model, own, model.config, 1, False)
+
+
+def test_names_tell_plans_apart_that_must_differ(folder):
+    model = Model.load(folder)
+
+    def name(labels, *layers):
+        return plan_name(model, Config.resolve(model.config.values, *layers), 6, labels)
+
+    assert name(False) == name(False, {"guidance": {"w": 5.0}}) == "plan-6.safetensors"
+    assert name(True) == "plan-6-w2.safetensors"
+    assert name(True, {"guidance": {"w": 1.0}}) == "plan-6-w1.safetensors"
+    assert name(True, {"sample": {"seed": 3}, "solver": "ddim"}) == name(True)
+    others = [name(True, {"guidance": {"lam_min": -1.0}}), name(True, {"schedule": "cosine"}), name(True)]
+    others += [name(True, {"guidance": {"lam_min": -2.0}}), name(False, {"schedule": "cosine"}), name(False)]
+    assert len(set(others)) == 6
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs owners of files")
+def test_a_folder_of_others_is_left_alone(own, monkeypatch):
+    model, uid = Model.load(own), os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    kept = plan_for(model, own, model.config, 1, False)
+    assert (kept.path, list(own.glob("plan-*"))) == (None, [])
+    monkeypatch.setattr(os, "getuid", lambda: uid)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert plan_for(model, own, model.config, 1, False).path is None
+    assert stat.S_ISDIR(own.stat().st_mode)
+
+
+def test_nothing_is_written_into_the_package():
+    model = Model.load("digits")
+    assert plan_for(model, "digits", model.config, 1, False).path is None
+    assert find_run("digits").resolve().parent == SHIPPED.resolve()
+    assert not list(SHIPPED.glob("*/plan-*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--nfe", "0"], "nfe must be a whole number >= 1"),
+        (["--nfe", "3", "--plan", "p"], "leave one of them out"),
+        (["--nfe", "3", "solver=ddim"], "leave out solver"),
+        (["--nfe", "3", "grid=karras", "sample.steps=3"], "leave out grid, sample.steps"),
+        (["--plan", "nowhere", "schedule=cosine"], "leave out schedule"),
+        (["--plan", "nowhere"], "nowhere is not a readable plan"),
+        (["--nfe", "3", "--out", "shards"], "for one file"),
+    ],
+)
+def test_mistakes(folder, run, words, why):
+    code, _, err = run("sample", folder, *words)
+    assert code == 2
+    assert why in err
+    assert not list(folder.glob("plan-*"))
