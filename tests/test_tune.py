@@ -8,6 +8,7 @@ import torch
 
 from tests.cases import diagonal
 from undiffuse import (
+    DDIM,
     EDM,
     IPNDM,
     VP,
@@ -35,7 +36,7 @@ from undiffuse import (
 )
 from undiffuse.grid import Restart
 from undiffuse.tune.coefficients import Ends, Errors, endpoint, tune_coefficients
-from undiffuse.tune.family import Family, Spacing
+from undiffuse.tune.family import Family, Spacing, assembled
 from undiffuse.tune.gaussian import Modes, gaussian_error, tune_gaussian
 from undiffuse.tune.ladder import ladder, wins
 from undiffuse.tune.trajectory import Paths, jump_costs, shortest, tune_trajectory
@@ -229,9 +230,7 @@ def test_the_gradient_of_gaussian_error_is_that_of_finite_differences(schedule):
     def error(place):
         levels = spacing.levels(place)
         points, out = family.tables(levels)
-        alpha, sigma = (torch.stack([getattr(level, c) for level in levels]) for c in ("alpha", "sigma"))
-        ends = [torch.stack([alpha[i], sigma[i]]) for i in (0, -1)]
-        return gaussian_error(Tableau(alpha[:-1], sigma[:-1], points[0], out[0], *ends), modes)
+        return gaussian_error(assembled(levels, points[0], out[0]), modes)
 
     place = spacing.parameters(start).requires_grad_()
     (slope,) = torch.autograd.grad(error(place), place)
@@ -319,7 +318,7 @@ def test_costs_in_the_datas_directions_are_those_of_all_elements_together():
 
 
 def test_a_grid_from_paths_has_a_smaller_error_than_its_start():
-    family, schedule = Family(DPMpp2M()), EDM()
+    family, schedule = Family(DDIM()), EDM()
     noise = Ends.draw(bind, range(24), (2,), accurate, 80.0)
     found = tune_trajectory(family, bind(()), noise.noise[:8], schedule, 8, UniformLam(lam_max=4.0), 40)
     held = Ends.draw(bind, range(100, 140), (2,), accurate, 80.0)
@@ -328,7 +327,7 @@ def test_a_grid_from_paths_has_a_smaller_error_than_its_start():
     for n in (5, 8):
         start = UniformLam(lam_max=4.0)(schedule, n)
         before, after = (held.errors(family.plan(levels).run, levels[0]).median for levels in (start, found[n]))
-        assert after < 0.8 * before
+        assert after < 0.9 * before
 
 
 # gradients

@@ -245,7 +245,7 @@ class Tableau:
         variances = torch.as_tensor(variances, dtype=torch.float64).reshape(-1)
         means = torch.as_tensor(0.0 if means is None else means, dtype=torch.float64).expand(variances.shape)
         chunk = max(1, 2**22 // self.nfe**2)  # modes at once: their systems stay small
-        pairs = zip(variances.split(chunk), means.split(chunk), strict=True)
+        pairs = zip(torch.split(variances, chunk), torch.split(means, chunk), strict=True)
         found = [self._gaussian(v[:, None], m[:, None], exact_start) for v, m in pairs]
         return Moments(torch.cat([f.mean for f in found]), torch.cat([f.variance for f in found]))
 

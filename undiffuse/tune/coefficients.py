@@ -80,7 +80,8 @@ class Ends:
     def relative(self, x: Tensor) -> Tensor:
         """|x - end| / |end| of each sample (b,)."""
         off, size = (x - self.end).flatten(1).double(), self.end.flatten(1).double().norm(dim=1)
-        return off.square().sum(1).clamp(min=1e-300).sqrt() / size.clamp(min=1e-300)
+        relative: Tensor = off.square().sum(1).clamp(min=1e-300).sqrt() / size.clamp(min=1e-300)
+        return relative
 
     def errors(self, run: Run, first: Level) -> Errors:
         """Errors of a plan's `run` from this noise at its first level."""
@@ -171,14 +172,13 @@ def tune_coefficients(
         nonlocal kept
         if time.monotonic() - begun > seconds:
             raise _TimeOut
-        optimiser.zero_grad()
-        levels = spacing.levels(place)
-        x = endpoint(family, levels, change, denoise, spacing.first.sigma * ends.noise, save)
+        x = endpoint(family, spacing.levels(place), change, denoise, spacing.first.sigma * ends.noise, save)
         loss = ends.relative(x).log().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        now = loss.detach()
-        if not all(bool(torch.isfinite(p).all()) for p in (now, place.grad, change.grad)):
-            optimiser.zero_grad()
+        slopes, now = torch.autograd.grad(loss, free), loss.detach()
+        sound = all(bool(torch.isfinite(part).all()) for part in (now, *slopes))
+        for parameter, slope in zip(free, slopes, strict=True):
+            parameter.grad = slope if sound else torch.zeros_like(slope)
+        if not sound:
             return torch.full_like(now, RUNAWAY)
         if float(now) < min(losses, default=math.inf):
             kept = [p.detach().clone() for p in free]
@@ -186,6 +186,6 @@ def tune_coefficients(
         return now
 
     with contextlib.suppress(_TimeOut):
-        optimiser.step(closure)
+        optimiser.step(closure)  # type: ignore[no-untyped-call]
     ends_at = (losses[0], min(losses)) if losses else (math.inf, math.inf)
     return Tuned(spacing.levels(kept[0]), kept[1], *ends_at, len(losses), time.monotonic() - begun)

@@ -150,7 +150,7 @@ class Family:
             weights = weights.tril(-1)
             on_x0 = weights - torch.diag_embed(weights.sum(-1))
             on_x = torch.zeros_like(on_x0[..., :1])
-        fresh, rows = scale[..., None] * torch.cat([on_x, on_x0], -1), []
+        fresh, rows = scale[..., None] * torch.cat([on_x, on_x0], -1), list[Tensor]()
         for i in range(n):  # a later step starts from what earlier ones changed
             rows.append(fresh[:, i] if not rows else keep[:, i, None] * rows[-1] + fresh[:, i])
         return torch.stack(rows, 1)
@@ -160,7 +160,12 @@ class Family:
         name = name or self.name or type(self.solver).__name__
         with torch.no_grad():
             points, out = self.tables(levels, corrections)
-            alpha, sigma = (torch.stack([getattr(level, c) for level in levels]).detach() for c in ("alpha", "sigma"))
-        ends = [torch.stack([alpha[i], sigma[i]]) for i in (0, -1)]
-        tables = [Tableau(alpha[:-1], sigma[:-1], *table, *ends, name) for table in zip(points, out, strict=True)]
+            tables = [assembled(levels, *table, name) for table in zip(points, out, strict=True)]
         return tables[0] if self.spectrum is None else Modal(self.spectrum, self.group, tuple(tables), name)
+
+
+def assembled(levels: Sequence[Level], points: Tensor, out: Tensor, name: str = "") -> Tableau:
+    """The tableau of these coefficients, an evaluation at each level but the last; gradients flow through all parts."""
+    alpha, sigma = (torch.stack([getattr(level, c) for level in levels]) for c in ("alpha", "sigma"))
+    start, end = (torch.stack([alpha[i], sigma[i]]) for i in (0, -1))
+    return Tableau(alpha[:-1], sigma[:-1], points, out, start, end, name)

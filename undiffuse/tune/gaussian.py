@@ -14,7 +14,7 @@ from undiffuse.modal import counted, grouped
 from undiffuse.schedule import Schedule
 from undiffuse.spectrum import Spectrum
 from undiffuse.tableau import Tableau
-from undiffuse.tune.family import Family, Spacing
+from undiffuse.tune.family import Family, Spacing, assembled
 from undiffuse.types import InputError
 
 MODES = 48  # groups of directions of similar variance in which an error is summed
@@ -24,7 +24,7 @@ class Modes(NamedTuple):
     """Variances (k,), the number of directions of each (k,), and the sum of their squared means (k,)."""
 
     variance: Tensor
-    count: Tensor
+    number: Tensor
     square: Tensor
 
     @staticmethod
@@ -54,8 +54,9 @@ def gaussian_error(table: Tableau, modes: Modes) -> Tensor:
     alpha, sigma = table.end
     unit = table.gaussian(modes.variance, torch.ones_like(modes.variance))
     std = (alpha**2 * modes.variance + sigma**2).sqrt()
-    off = modes.count * (unit.variance.sqrt() - std) ** 2 + modes.square * (unit.mean - alpha) ** 2
-    return off.sum() / modes.count.sum()
+    off = modes.number * (unit.variance.sqrt() - std) ** 2 + modes.square * (unit.mean - alpha) ** 2
+    error: Tensor = off.sum() / modes.number.sum()
+    return error
 
 
 class Closed(NamedTuple):
@@ -94,9 +95,7 @@ def tune_gaussian(
     def error() -> Tensor:
         levels = spacing.levels(place)
         points, out = family.tables(levels, change)
-        alpha, sigma = (torch.stack([getattr(level, c) for level in levels]) for c in ("alpha", "sigma"))
-        ends = [torch.stack([alpha[i], sigma[i]]) for i in (0, -1)]
-        return gaussian_error(Tableau(alpha[:-1], sigma[:-1], points[0], out[0], *ends), modes)
+        return gaussian_error(assembled(levels, points[0], out[0]), modes)
 
     free = [place, change] if coefficients else [place]
     optimiser = torch.optim.LBFGS(free, max_iter=iterations, tolerance_grad=0, line_search_fn="strong_wolfe")
@@ -114,6 +113,6 @@ def tune_gaussian(
         return now.log()
 
     if steps > 1:
-        optimiser.step(closure)
+        optimiser.step(closure)  # type: ignore[no-untyped-call]
     levels = spacing.levels(kept[0]) if steps > 1 else tuple(start)
     return Closed(levels, kept[1] if coefficients else None, before, best)
