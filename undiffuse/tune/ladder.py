@@ -162,9 +162,11 @@ def ladder(
                 climb.attempt("spectrum", closed.levels, None, time.monotonic() - clock)
             climb.attempt("paths", tuple(paths.levels[i] for i in ways[name][n]), None, 0.0)
             climbs.append(climb)
-        # gradients only for the better half: others start far behind
+        # gradients for the best in the data's directions and the best plain one: where they start says little about
+        # which of the two kinds will win
         climbs.sort(key=lambda climb: climb.best.median if climb.best else 0.0)
-        hopeful = climbs[: (len(climbs) + 1) // 2]
+        kinds = {climb.family.spectrum is None: climb for climb in reversed(climbs)}
+        hopeful = list(kinds.values())
         for climb in hopeful:
             found = tune_coefficients(
                 climb.family,
