@@ -30,7 +30,7 @@ LIMIT = 2.5  # on the sum of a step's |weights|, whose sum is 1: how much an ext
 
 def adams(nodes: list[Tensor], start: Tensor, end: Tensor) -> Tensor:
     """Weights of the nodes, stacked last, that integrate from start to end the polynomial through the first ones; each
-    further node counts as far as the sum stays within `LIMIT`, so that the weights are continuous in the levels, and
+    further node counts as far as the sum stays within `LIMIT`, so that the weights do not jump as levels move, and
     one that coincides with a node before it has weight 0."""
     if start.ndim == 0 and not any(t.requires_grad for t in (*nodes, start, end)):
         return _known(tuple(float(n) for n in nodes), float(start), float(end))
