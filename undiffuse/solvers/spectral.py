@@ -45,7 +45,10 @@ def _known(nodes: tuple[float, ...], start: float, end: float) -> Tensor:
 def _solved(nodes: list[Tensor], start: Tensor, end: Tensor) -> Tensor:
     h = end - start
     at = (torch.stack(nodes, -1) - start[..., None]) / h[..., None]
-    best = pad(torch.ones_like(h)[..., None], (0, len(nodes) - 1))
+    best, more = (
+        pad(torch.ones_like(h)[..., None], (0, len(nodes) - 1)),
+        torch.ones_like(h, dtype=torch.bool)[..., None],
+    )
     for k in range(2, len(nodes) + 1):
         distinct = _weights(at[..., :k].detach()).abs().sum(-1, keepdim=True) < 1e6
         # no gradient comes through a system that is not used, which may be singular
@@ -54,7 +57,8 @@ def _solved(nodes: list[Tensor], start: Tensor, end: Tensor) -> Tensor:
         low, high = best.abs().sum(-1, keepdim=True), w.abs().sum(-1, keepdim=True)
         far = high > LIMIT
         share = torch.where(far, (LIMIT - low) / torch.where(far, high - low, 1.0), 1.0)
-        best = best + torch.where(distinct, share, 0.0) * (w - best)
+        best = best + torch.where(distinct & more, share, 0.0) * (w - best)
+        more = more & ~far
     return h[..., None] * best
 
 
