@@ -245,22 +245,25 @@ class Tableau:
         """
         variances = torch.as_tensor(variances, dtype=torch.float64).reshape(-1)
         means = torch.as_tensor(0.0 if means is None else means, dtype=torch.float64).expand(variances.shape)
-        n, eye = self.nfe, torch.eye(self.nfe, dtype=torch.float64)
-        mean, var = [], []
-        for v, m in zip(variances, means, strict=True):
-            gain = self.alpha * v / (self.alpha**2 * v + self.sigma**2)
-            # x0 = gain x + shift at every point; solve the triangular system for the effect of each x0 on the output
-            lower = eye - self.points[:, 1 : 1 + n] * gain
-            effect = torch.linalg.solve_triangular(lower.T, (self.out[1 : 1 + n] * gain)[:, None], upper=True)[:, 0]
-            row = torch.cat([self.out[:1], self.out[1 + n :]]) + effect @ torch.cat(
-                [self.points[:, :1], self.points[:, 1 + n :]], 1
-            )
-            shift = (1 - gain * self.alpha) * m
-            prior = self.start[1] ** 2 + (self.start[0] ** 2 * v if exact_start else 0)
-            offset = self.out[1 : 1 + n] @ shift + effect @ (self.points[:, 1 : 1 + n] @ shift)
-            mean.append(offset + (row[0] * self.start[0] * m if exact_start else 0))
-            var.append(row[0] ** 2 * prior + (row[1:] ** 2).sum())
-        return Moments(torch.stack(mean), torch.stack(var))
+        chunk = max(1, 2**22 // self.nfe**2)  # modes at once: their systems stay small
+        pairs = zip(torch.split(variances, chunk), torch.split(means, chunk), strict=True)
+        found = [self._gaussian(v[:, None], m[:, None], exact_start) for v, m in pairs]
+        return Moments(torch.cat([f.mean for f in found]), torch.cat([f.variance for f in found]))
+
+    def _gaussian(self, v: Tensor, m: Tensor, exact_start: bool) -> Moments:
+        n = self.nfe
+        gain = self.alpha * v / (self.alpha**2 * v + self.sigma**2)
+        # x0 = gain x + shift at every point; solve the triangular system for the effect of each x0 on the output
+        lower = torch.eye(n, dtype=torch.float64) - self.points[:, 1 : 1 + n] * gain[:, None]
+        effect = torch.linalg.solve_triangular(lower.mT, (self.out[1 : 1 + n] * gain)[..., None], upper=True)[..., 0]
+        drawn = torch.cat([self.points[:, :1], self.points[:, 1 + n :]], 1)
+        row = torch.cat([self.out[:1], self.out[1 + n :]]) + effect @ drawn
+        shift = (1 - gain * self.alpha) * m
+        prior = self.start[1] ** 2 + (self.start[0] ** 2 * v[:, 0] if exact_start else 0)
+        mean = (shift * (self.out[1 : 1 + n] + effect @ self.points[:, 1 : 1 + n])).sum(1)
+        if exact_start:
+            mean = mean + row[:, 0] * self.start[0] * m[:, 0]
+        return Moments(mean, row[:, 0] ** 2 * prior + row[:, 1:].square().sum(1))
 
     def show(self, digits: int = 4) -> str:
         """The table as text: one line an evaluation, with its level and its non-zero coefficients."""

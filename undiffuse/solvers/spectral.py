@@ -29,8 +29,9 @@ LIMIT = 2.5  # on the sum of a step's |weights|, whose sum is 1: how much an ext
 
 
 def adams(nodes: list[Tensor], start: Tensor, end: Tensor) -> Tensor:
-    """Weights of the nodes, stacked last, that integrate from start to end the polynomial through as many of the first
-    nodes as keep within `LIMIT`; the others, and any that coincides with one before, have weight 0."""
+    """Weights of the nodes, stacked last, that integrate from start to end the polynomial through the first ones; each
+    further node counts as far as the sum stays within `LIMIT`, so that the weights do not jump as levels move, and
+    one that coincides with a node before it has weight 0."""
     if start.ndim == 0 and not any(t.requires_grad for t in (*nodes, start, end)):
         return _known(tuple(float(n) for n in nodes), float(start), float(end))
     return _solved(nodes, start, end)
@@ -42,26 +43,43 @@ def _known(nodes: tuple[float, ...], start: float, end: float) -> Tensor:
 
 
 def _solved(nodes: list[Tensor], start: Tensor, end: Tensor) -> Tensor:
-    h, best = end - start, torch.zeros(())
+    h = end - start
     at = (torch.stack(nodes, -1) - start[..., None]) / h[..., None]
-    for k in range(1, len(nodes) + 1):
-        p = torch.arange(k, dtype=at.dtype, device=at.device)
-        w = torch.linalg.solve_ex(at[..., None, :k] ** p[:, None], (1 / (p + 1)).expand(*h.shape, k)[..., None])[0]
-        w = pad(w[..., 0], (0, len(nodes) - k))
-        best = w if k == 1 else torch.where(w.abs().sum(-1, keepdim=True) <= LIMIT, w, best)
+    best, more = (
+        pad(torch.ones_like(h)[..., None], (0, len(nodes) - 1)),
+        torch.ones_like(h, dtype=torch.bool)[..., None],
+    )
+    for k in range(2, len(nodes) + 1):
+        distinct = _weights(at[..., :k].detach()).abs().sum(-1, keepdim=True) < 1e6
+        # no gradient comes through a system that is not used, which may be singular
+        some = torch.arange(k, dtype=at.dtype, device=at.device)
+        w = pad(_weights(torch.where(distinct, at[..., :k], some)), (0, len(nodes) - k))
+        low, high = best.abs().sum(-1, keepdim=True), w.abs().sum(-1, keepdim=True)
+        far = high > LIMIT
+        share = torch.where(far, (LIMIT - low) / torch.where(far, high - low, 1.0), 1.0)
+        best = best + torch.where(distinct & more, share, 0.0) * (w - best)
+        more = more & ~far
     return h[..., None] * best
+
+
+def _weights(at: Tensor) -> Tensor:
+    """Weights of nodes at (..., k) that integrate polynomials of degree below k from 0 to 1."""
+    p = torch.arange(at.shape[-1], dtype=at.dtype, device=at.device)
+    due = (1 / (p + 1)).expand(at.shape)[..., None]
+    w: Tensor = torch.linalg.solve_ex(at[..., None, :] ** p[:, None], due)[0]
+    return w[..., 0]
 
 
 @dataclass(frozen=True)
 class Spectral:
     """The newest `order` values of g as a polynomial in phi, integrated exactly; exact for N(0, variance) in one step.
 
-    Pure noise, where g = 0, is one more known value while there are too few. A step uses fewer values where they would
-    be extrapolated too far (`LIMIT`). With `corrector` each step is redone once the evaluation at its end is known, at
-    no further cost. One evaluation a step; from a cold start the global order is at most 2, or 3 with corrector. The
-    step to clean data takes g to fall like cos phi, as it does for data with a density, and tends to x0 as variance
-    -> 0. Data are centred; `spectral` has the data's mean, and a variance for each direction. Needs variance > 0 and
-    1 <= order <= 4.
+    Pure noise, where g = 0, is one more known value while there are too few. Older values count less where they
+    would be extrapolated too far (`LIMIT`). With `corrector` each step is redone once the evaluation at its end is
+    known, at no further cost. One evaluation a step; from a cold start the global order is at most 2, or 3 with
+    corrector. The step to clean data takes g to fall like cos phi, as it does for data with a density, and tends to
+    x0 as variance -> 0. Data are centred; `spectral` has the data's mean, and a variance for each direction. Needs
+    variance > 0 and 1 <= order <= 4.
     """
 
     calls: ClassVar[int] = 1

@@ -1,4 +1,4 @@
-"""Samplers chosen for one model: `auto`."""
+"""A sampler that fits the model: chosen by `auto`, or tuned: levels and coefficients for one budget and guidance."""
 
 from undiffuse.tune.auto import Choice, Trial, auto
 

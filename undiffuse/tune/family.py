@@ -1,0 +1,171 @@
+"""What is tuned: the levels of a grid, and a solver's table on them, as differentiable functions of free parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from undiffuse.grid import Levels, check_levels
+from undiffuse.level import Level, Space
+from undiffuse.modal import Modal, counted, grouped
+from undiffuse.sample import trajectory
+from undiffuse.schedule import Schedule
+from undiffuse.solvers import Solver, Spectral
+from undiffuse.spectrum import Spectrum
+from undiffuse.tableau import Tableau
+from undiffuse.types import InputError
+
+ROOM = 5.0  # in lam, beyond the finite levels of a grid, where its schedule has no end
+LEAST = 1e-4  # share of a spacing's range that two levels are apart
+
+
+@dataclass(frozen=True, eq=False)
+class Spacing:
+    """Levels from parameters (n,): shares of lam in [low, high], by softmax, so that order and both ends hold.
+
+    The first level and clean data stay. The shares lead from `low` to each level in between, and the last one on to
+    `high`; where the first level is not pure noise it is `low`.
+    """
+
+    first: Level
+    space: Space
+    low: float
+    high: float
+
+    @staticmethod
+    def around(schedule: Schedule, levels: Sequence[Level]) -> Spacing:
+        """The range in which these levels may move: the schedule's own, or `ROOM` beyond them where that is infinite.
+
+        Raises InputError for levels that rise, start elsewhere than the schedule or do not end at clean data.
+        """
+        levels, rises = check_levels(levels)
+        first, inner = schedule.level(1.0), [float(level.lam) for level in levels[1:-1]]
+        same = torch.allclose(torch.stack([first.alpha, first.sigma]), torch.stack([levels[0].alpha, levels[0].sigma]))
+        if any(rises) or not levels[-1].is_clean or not same:
+            raise InputError("a grid to tune must fall from the schedule's noisiest level to clean data (sigma = 0)")
+        start, end = float(first.lam), float(schedule.level(0.0).lam)
+        low = start if math.isfinite(start) else min([*inner, -ROOM]) - ROOM
+        high = max([*inner, ROOM]) + ROOM if math.isinf(end) else max([end, *(lam + 1e-3 for lam in inner)])
+        return Spacing(first, schedule.space, low, high)
+
+    def parameters(self, levels: Sequence[Level]) -> Tensor:
+        """The parameters of these levels."""
+        lams = torch.tensor([self.low, *(float(level.lam) for level in levels[1:-1]), self.high], dtype=torch.float64)
+        share = lams.diff() / (self.high - self.low)
+        return ((share - LEAST) / (1 - len(share) * LEAST)).clamp(min=LEAST).log()
+
+    def levels(self, parameters: Tensor) -> Levels:
+        """The levels of parameters (n,), through which gradients flow."""
+        share = LEAST + (1 - len(parameters) * LEAST) * torch.softmax(parameters, 0)
+        lams = self.low + (self.high - self.low) * share.cumsum(0)[:-1]
+        return (self.first, *(Level.at(lam, self.space) for lam in lams), Level.at(math.inf, self.space))
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """A deterministic solver of one evaluation a step and its additively corrected tables.
+
+    With a `spectrum` each group of its directions has a table (a `Modal`), else all elements share one (a `Tableau`).
+    Corrections (groups or 1, n, n), lower triangular and 0 for the solver itself, are changes to the weights of step i,
+    in units of the step. They leave exact what the solver integrates exactly: Gaussian data for `Spectral`, else
+    constant predictions (so what a row says of its diagonal is not used there). Raises InputError for other solvers.
+    """
+
+    solver: Solver
+    spectrum: Spectrum | None = None
+    groups: int | None = 8
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.solver.calls != 1 or getattr(self.solver, "adaptive", False):
+            raise InputError(f"tuning needs a solver of one evaluation a step, got {self.solver}")
+        if self.groups is not None and self.groups < 1:
+            raise InputError(f"groups must be >= 1, or None for a table for each direction, got {self.groups}")
+
+    @cached_property
+    def _grouped(self) -> tuple[Tensor, Tensor]:
+        """Each direction's group and the variance of each group."""
+        if self.spectrum is None:
+            v = self.solver.variance if isinstance(self.solver, Spectral) else 1.0
+            return torch.zeros(1, dtype=torch.long), torch.tensor([v], dtype=torch.float64)
+        return grouped(*counted(self.spectrum), self.groups)
+
+    @property
+    def group(self) -> Tensor:
+        """The number of each direction's group, as in `Modal`."""
+        return self._grouped[0]
+
+    @property
+    def variances(self) -> Tensor:
+        """The variance of each group; 1 without a spectrum."""
+        return self._grouped[1]
+
+    @cached_property
+    def unit(self) -> Solver:
+        """The solver for data of unit variance: a direction of variance v at (alpha, sigma) is one of unit variance at
+        (alpha sqrt(v), sigma)."""
+        return replace(self.solver, variance=1.0) if isinstance(self.solver, Spectral) else self.solver
+
+    def tables(self, levels: Sequence[Level], corrections: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(points (groups, n, 1 + n), out (groups, 1 + n)): coefficients of x_start and of each x0, differentiable."""
+        n, root = len(levels) - 1, self.variances.sqrt()[:, None]
+        scaled = [Level(level.alpha * root, level.sigma.expand(root.shape)) for level in levels]
+        basis, asked = torch.eye(1 + n, dtype=torch.float64).expand(len(root), -1, -1), []
+
+        def denoise(x: Tensor, level: Level, /) -> Tensor:
+            asked.append(x)
+            return basis[:, len(asked)]
+
+        for state in trajectory(denoise, basis[:, 0], scaled, self.unit):
+            x = state.x
+        if len(asked) != n:
+            raise InputError(f"tuning needs a solver of one evaluation a step; {self.solver} made {len(asked)} in {n}")
+        rows = torch.stack([*asked[1:], x], 1)
+        if corrections is not None:
+            rows = rows + self._changes(scaled, corrections)
+        rows = torch.cat([rows[..., :1], rows[..., 1:] / root[..., None]], -1)
+        return torch.cat([basis[:, :1, :], rows[:, :-1]], 1), rows[:, -1]
+
+    def _changes(self, levels: list[Level], corrections: Tensor) -> Tensor:
+        """What corrections add to the rows after the first (groups, n, 1 + n), for data of unit variance."""
+        n = len(levels) - 1
+        weights = corrections.tril().expand(len(self.variances), n, n)
+        alpha, sigma = (torch.stack([getattr(level, c)[:, 0] for level in levels], 1) for c in ("alpha", "sigma"))
+        if isinstance(self.unit, Spectral):
+            # on g at each evaluation, in angles; x in g is that of the Gaussian's flow, so that g is 0 for its data
+            std, phi = (alpha**2 + sigma**2).sqrt(), torch.atan2(alpha, sigma)
+            weights = weights * phi.diff(dim=1)[..., None]
+            keep, scale = std[:, 1:] / std[:, :-1], std[:, 1:]
+            on_x0 = weights * (std / sigma.clamp(min=1e-300))[:, None, :-1]
+            on_x = -(on_x0 * (alpha / std)[:, None, :-1]).sum(-1, keepdim=True) / std[:, :1, None]
+        else:
+            # on x0 less the newest one, in units of the whole weight of a step: a constant x0 does not notice
+            h = (alpha.log() - sigma.log()).diff(dim=1)
+            keep, scale = sigma[:, 1:] / sigma[:, :-1], alpha[:, 1:] * -torch.expm1(-h)
+            weights = weights.tril(-1)
+            on_x0 = weights - torch.diag_embed(weights.sum(-1))
+            on_x = torch.zeros_like(on_x0[..., :1])
+        fresh, rows = scale[..., None] * torch.cat([on_x, on_x0], -1), list[Tensor]()
+        for i in range(n):  # a later step starts from what earlier ones changed
+            rows.append(fresh[:, i] if not rows else keep[:, i, None] * rows[-1] + fresh[:, i])
+        return torch.stack(rows, 1)
+
+    def plan(self, levels: Sequence[Level], corrections: Tensor | None = None, name: str = "") -> Tableau | Modal:
+        """The solver with these corrections on these levels, to run, show and save."""
+        name = name or self.name or type(self.solver).__name__
+        with torch.no_grad():
+            points, out = self.tables(levels, corrections)
+            tables = [assembled(levels, *table, name) for table in zip(points, out, strict=True)]
+        return tables[0] if self.spectrum is None else Modal(self.spectrum, self.group, tuple(tables), name)
+
+
+def assembled(levels: Sequence[Level], points: Tensor, out: Tensor, name: str = "") -> Tableau:
+    """The tableau of these coefficients, an evaluation at each level but the last; gradients flow through all parts."""
+    alpha, sigma = (torch.stack([getattr(level, c) for level in levels]) for c in ("alpha", "sigma"))
+    start, end = (torch.stack([alpha[i], sigma[i]]) for i in (0, -1))
+    return Tableau(alpha[:-1], sigma[:-1], points, out, start, end, name)
