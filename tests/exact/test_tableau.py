@@ -75,12 +75,12 @@ def test_files_that_are_not_tableaux_are_refused(tmp_path):
     table = trace(DDIM(), LEVELS)
     table.save(path)
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(InputError, match="not a readable tableau"):
+    with pytest.raises(InputError, match="not a readable plan"):
         Tableau.load(path)
     save_file({"alpha": torch.ones(2)}, path)
-    with pytest.raises(InputError, match="not a readable tableau"):
+    with pytest.raises(InputError, match="not a readable plan"):
         Tableau.load(path)
-    with pytest.raises(InputError, match="not a readable tableau"):
+    with pytest.raises(InputError, match="not a readable plan"):
         Tableau.load(tmp_path / "missing.safetensors")
     later = table.points.clone()
     later[0, 3] = 1

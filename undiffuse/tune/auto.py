@@ -13,13 +13,14 @@ from torch import Tensor
 from undiffuse.denoise import Counter
 from undiffuse.grid import Grid, Karras, Levels, Quadratic, UniformLam, UniformT, check_levels
 from undiffuse.guide import CFG, Guidance
-from undiffuse.modal import Modal, SpectralGrid, counted, grouped, spectral
+from undiffuse.modal import Modal, SpectralGrid, spectral
 from undiffuse.sample import Noise
 from undiffuse.schedule import Schedule
 from undiffuse.seeds import seed_of
 from undiffuse.solvers import DEIS, IPNDM, Adams, DPMpp2M, Solver, UniPC
 from undiffuse.spectrum import Spectrum
 from undiffuse.tableau import Tableau, trace
+from undiffuse.tune.gaussian import mismatch
 from undiffuse.types import InputError, Model
 
 Plan = Tableau | Modal
@@ -216,28 +217,12 @@ def shortlist(schedule: Schedule, nfe: int, spectrum: Spectrum | None) -> tuple[
                 plan = _table(solver, grid, levels[grid], schedule, spectrum)
             except InputError:
                 continue
-            if plan.nfe == nfe and math.isfinite(off := gaussian_error(plan, data)):
+            if plan.nfe == nfe and math.isfinite(off := mismatch(plan, data)):
                 plans[plan.name], gaussian[plan.name] = plan, off
     if not plans:
         raise InputError(f"no plan of {nfe} evaluations is possible on {schedule}: take a schedule that falls in noise")
     last = sorted(gaussian.values())[-int(WORST * len(gaussian)) - 1]
     return {name: plan for name, plan in plans.items() if gaussian[name] <= last}, gaussian
-
-
-def gaussian_error(plan: Plan, data: Spectrum) -> float:
-    """The W2 distance, over the data's std, between a plan's output on Gaussian data of this spectrum, about the mean,
-    and that of the exact flow; both start at N(0, sigma^2)."""
-    values, count = counted(data)
-    start, clean = plan.start.unbind(), values.sqrt()
-    group = plan.group if isinstance(plan, Modal) else torch.zeros(len(values), dtype=torch.long)
-    off = 0.0
-    for g, table in enumerate(plan.tables if isinstance(plan, Modal) else (plan,)):
-        if bool((of := group == g).any()):
-            cluster, v = grouped(values[of], count[of], 16)
-            weight = torch.zeros_like(v).index_add(0, cluster, count[of])
-            exact = v.sqrt() * start[1] / (start[0] ** 2 * v + start[1] ** 2).sqrt()
-            off += float((weight * (table.gaussian(v).variance.sqrt() - exact) ** 2).sum())
-    return math.sqrt(off / (float((count * clean**2).sum()) or 1.0))
 
 
 def reference(schedule: Schedule, nfe: int, spectrum: Spectrum | None) -> Plan:

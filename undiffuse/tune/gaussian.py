@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from undiffuse.grid import Grid, Levels, UniformLam
 from undiffuse.level import Level
-from undiffuse.modal import counted, grouped
+from undiffuse.modal import Modal, counted, grouped
 from undiffuse.schedule import Schedule
 from undiffuse.spectrum import Spectrum
 from undiffuse.tableau import Tableau
@@ -28,14 +29,17 @@ class Modes(NamedTuple):
     square: Tensor
 
     @staticmethod
-    def of(spectrum: Spectrum, groups: int | None = MODES) -> Modes:
-        """The directions of a spectrum in groups of similar variance, or one by one."""
+    def of(spectrum: Spectrum, groups: int | None = MODES, only: Tensor | None = None) -> Modes:
+        """The directions of a spectrum (all, or where the mask `only` holds) in groups of similar variance, or one by
+        one."""
         values, count = counted(spectrum)
-        group, variance = grouped(values, count, groups)
         inside = spectrum.mean if spectrum.basis is None else spectrum.basis @ spectrum.mean
         square = inside.square()
         if len(count) > len(square):
             square = torch.cat([square, (spectrum.mean.square().sum() - square.sum()).clamp(min=0)[None]])
+        if only is not None:
+            values, count, square = values[only], count[only], square[only]
+        group, variance = grouped(values, count, groups)
         sums = [torch.zeros_like(variance).index_add(0, group, part) for part in (count, square)]
         return Modes(variance, *sums)
 
@@ -57,6 +61,21 @@ def gaussian_error(table: Tableau, modes: Modes) -> Tensor:
     off = modes.number * (unit.variance.sqrt() - std) ** 2 + modes.square * (unit.mean - alpha) ** 2
     error: Tensor = off.sum() / modes.number.sum()
     return error
+
+
+def mismatch(plan: Tableau | Modal, spectrum: Spectrum) -> float:
+    """The 2-Wasserstein distance of a plan's output from Gaussian data of this spectrum, over the data's std."""
+    values, count = counted(spectrum)
+    off = 0.0
+    if isinstance(plan, Modal):  # it acts about the mean
+        for g, table in enumerate(plan.tables):
+            if bool((only := plan.group == g).any()):
+                modes = Modes.of(spectrum, 16, only)
+                modes = modes._replace(square=torch.zeros_like(modes.square))
+                off += float(gaussian_error(table, modes) * modes.number.sum())
+    else:
+        off = float(gaussian_error(plan, Modes.of(spectrum)) * count.sum())
+    return math.sqrt(off / (float((count * values).sum()) or 1.0))
 
 
 class Closed(NamedTuple):
