@@ -1,4 +1,4 @@
-"""The command line: demo, train, sample, evaluate, certify, plan, info.
+"""The command line: demo, train, sample, tune, evaluate, certify, plan, info.
 
 Exit codes: 0 done, 1 failed check, 2 bad input, 75 try again.
 """
@@ -43,6 +43,7 @@ from undiffuse.modal import read_plan
 from undiffuse.model import SHIPPED, Model, find_run, run_folder, shipped
 from undiffuse.plans import plan_for
 from undiffuse.train import Lost, NonFinite, Preempted, Processes, Signals, TrainState
+from undiffuse.tuning import tune_run
 from undiffuse.types import InputError
 
 app = typer.Typer(
@@ -332,6 +333,45 @@ def sample(
             console.print(str(kept.choice) + (f"\nkept in {kept.path}" if kept.path else ""), soft_wrap=True)
     text = f"{out}: {use.n} samples, {facts['nfe']} evaluations, {facts['rows_per_sample']:g} network rows a sample, "
     _say(as_json, facts, text + f"{1000 * seconds / use.n:.1f} ms a sample")
+
+
+@app.command()
+def tune(
+    run: Annotated[str, typer.Argument(help="a run folder, its name in runs/, or digits, fashion or mnist, built in")],
+    overrides: Overrides = None,
+    nfe: Annotated[str, typer.Option(help="numbers of evaluations, with commas")] = "6",
+    seconds: Annotated[float, typer.Option(help="of gradient steps for each number of evaluations")] = 120.0,
+    unconditional: Annotated[
+        bool, typer.Option("--unconditional", help="for samples without a label; else, where there are classes, with")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="where plans and report go; default: the run's own folder")] = None,
+    ema: AverageOf = None,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Tune levels and coefficients of few evaluations for a run, e.g. `undiffuse tune runs/mine --nfe 4,6,8
+    guidance.w=2`.
+
+    Plans are kept as plan-NFE.safetensors, which `undiffuse sample RUN --nfe NFE` takes, each only where it beats the
+    sampler that was there on noise that it was not tuned on; tune/report.html compares them.
+    """
+    model = Model.load(run, ema)
+    layer = parse_overrides(overrides or [])
+    config = bulk_module.configure(model, layer)
+    try:
+        budgets = [int(word) for word in nfe.split(",")]
+    except ValueError as error:
+        raise InputError(f"--nfe must be whole numbers such as 4,6,8, got {nfe!r}") from error
+    if dry_run:
+        return _dry(config, as_json)
+    if out is None and find_run(run) is not None and run_folder(run).resolve().parent == SHIPPED.resolve():
+        out = _own_folder(run, "tuned")
+    labels = bool(model.classes) and not unconditional
+    found = tune_run(
+        model, run, config, budgets, labels, seconds=seconds, out=out, progress=None if as_json else notes.print
+    )
+    kept = "".join(f"\n{n} evaluations: {path}" for n, path in found.plans.items())
+    _say(as_json, found.facts, f"{found.report.seconds:.0f} s; report: {found.page}{kept}")
 
 
 def _own_folder(run: str | Path, what: str) -> Path:

@@ -26,7 +26,7 @@ from undiffuse.schedule import Schedule
 from undiffuse.solvers import Solver
 from undiffuse.spectrum import Spectrum
 from undiffuse.train import Snapshots, commit, load_weights, verify, weights
-from undiffuse.tune import Choice, auto
+from undiffuse.tune import Choice, Report, auto, ladder
 from undiffuse.types import InputError, Plan
 
 SHIPPED = Path(__file__).parent / "models"
@@ -249,6 +249,45 @@ class Model:
             guidance=1.0 if guidance is None else guidance,
             seed=seed,
             batch=self.config.section("sample").batch,
+            device=self.device,
+            progress=progress,
+        )
+
+    def tune(
+        self,
+        nfe: Sequence[int],
+        *,
+        guidance: Guidance | float | None = None,
+        first: Callable[[int], Plan] | None = None,
+        seconds: float = 120.0,
+        seed: int = 0,
+        progress: Callable[[str], None] | None = None,
+    ) -> Report:
+        """Levels and coefficients tuned for this model, `seconds` for each number of evaluations: `results[6].plan`.
+
+        Guidance is as in `auto`, whose choice (or that of `first`) a plan must beat on noise that it was not tuned on.
+        See `undiffuse.tune.ladder`. Raises InputError for bad budgets.
+        """
+        if guidance is not None:
+            self._needs_classes()
+        guide = (
+            CFG(1.0 if guidance is None else float(guidance)) if isinstance(guidance, float | int | None) else guidance
+        )
+
+        def bind(indices: Sequence[int]) -> Denoise:
+            cond = None if guidance is None else self.cond([k % self.classes for k in indices], len(indices))
+            return guide(self.denoiser, cond)
+
+        return ladder(
+            bind,
+            self.shape,
+            self.schedule,
+            nfe,
+            self.spectrum,
+            first=first or (lambda n: self.auto(n, guidance=guidance, seed=seed).plan),
+            seconds=seconds,
+            seed=seed,
+            dtype=torch.float32,
             device=self.device,
             progress=progress,
         )

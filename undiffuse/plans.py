@@ -1,4 +1,4 @@
-"""Plans kept in run folders: the sampler that `auto` chose, so that it is sought once."""
+"""Plans kept in run folders: the sampler that `auto` chose or `tune` made, so that it is sought once."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from undiffuse.model import SHIPPED, Model, run_folder
 from undiffuse.tableau import Tableau
 from undiffuse.train import MANIFEST
 from undiffuse.tune import Choice
+
+
+TUNED = ", tuned"  # the end of the names of plans that `tune` made
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +62,20 @@ def plan_for(
     if path.is_file() and path.stat().st_mtime >= trained.stat().st_mtime:
         return Kept(read_plan(path), path, None)
     choice = model.using(config).auto(nfe, guidance=config.build("guidance") if labels else None, progress=progress)
-    if not _own(folder):
+    if not own(folder):
         return Kept(choice.plan, None, choice)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    choice.plan.save(part)
-    part.replace(path)
+    keep(choice.plan, path)
     return Kept(choice.plan, path, choice)
 
 
-def _own(folder: Path) -> bool:
+def keep(plan: Tableau | Modal, path: Path) -> None:
+    """Write a plan, complete or not at all."""
+    part = path.with_suffix(f".{os.getpid()}.part")
+    plan.save(part)
+    part.replace(path)
+
+
+def own(folder: Path) -> bool:
     """Whether a folder may be written to: it is the user's, and not part of the package."""
     me = os.getuid() if hasattr(os, "getuid") else folder.stat().st_uid
     shipped = folder.resolve().parent == SHIPPED.resolve()

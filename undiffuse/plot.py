@@ -119,6 +119,43 @@ def plot_distances(table: dict[str, dict[int, float]], floor: float, label: str,
     _save(figure, path)
 
 
+def plot_errors(curves: dict[str, dict[int, Sequence[float]]], path: Path) -> None:
+    """Median and 90th percentile of samplers' errors at the end over the number of evaluations."""
+    from matplotlib import ticker
+
+    figure, axes = _figure(6.4, 3.2)
+    for (name, values), color in zip(curves.items(), (MUTED, PALETTE[1], ACCENT, *PALETTE[2:]), strict=False):
+        for k, style in ((0, "-"), (1, ":")):
+            line = [value[k] for value in values.values()]
+            label = name if k == 0 else None
+            axes.plot(list(values), line, color=color, marker="o", markersize=4, linestyle=style, label=label)
+    budgets = sorted({n for values in curves.values() for n in values})
+    axes.set_xticks(budgets, [str(n) for n in budgets])
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()
+    axes.set_xlabel("evaluations", fontsize=9)
+    axes.set_ylabel("relative error at the end", fontsize=9)
+    axes.set_title("median (lines) and 90th percentile (dots)", fontsize=9, loc="left")
+    axes.legend(frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def plot_rows(rows: dict[str, Tensor], path: Path) -> None:
+    """Samples (n, c, h, w) of each name as a row, the same columns in all; raises InputError for data that are no
+    images."""
+    sheets = {name: tile(x, len(x), max(1, 64 // x.shape[-1])) for name, x in rows.items()}
+    wide, high = next(iter(sheets.values())).size
+    figure, axes = _figure(1.2 + 7.6, len(rows) * 7.6 * high / wide, len(rows))
+    for at, (name, sheet) in zip(np.atleast_1d(axes).flat, sheets.items(), strict=True):
+        at.imshow(np.asarray(sheet.convert("RGB")))
+        at.set_axis_off()
+        at.text(-0.01, 0.5, name, transform=at.transAxes, ha="right", va="center", fontsize=10, color=INK)
+    figure.subplots_adjust(0.14, 0, 1, 1, 0, 0)
+    figure.savefig(path)
+
+
 def columns_for(n: int, classes: int = 0) -> int:
     """The columns of a grid of n samples, whose classes take turns: a class a column, or several for few classes.
 

@@ -1,0 +1,136 @@
+"""Tuning a run: plans kept in its folder, and a report with curves and pictures from the same noise."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from undiffuse import plot
+from undiffuse.config import Config
+from undiffuse.guide import CFG
+from undiffuse.model import Model, run_folder
+from undiffuse.plans import TUNED, keep, own, plan_for, plan_name
+from undiffuse.solvers import DPMpp2M
+from undiffuse.tableau import trace
+from undiffuse.train import commit
+from undiffuse.tune import Errors, Report, reference
+from undiffuse.types import InputError, Plan
+
+SHOWN = 10  # pictures a row
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """What `tune_run` found, and where it is kept: the plans by number of evaluations, and the report."""
+
+    report: Report
+    stock: dict[int, Errors]
+    plans: dict[int, Path]
+    page: Path
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The figures as plain data."""
+        rows = {}
+        for n, result in self.report.results.items():
+            errors = {"stock": self.stock[n], "auto": result.start, "tuned": result.chosen}
+            rows[n] = {"plan": result.plan.name, "file": str(self.plans[n])}
+            rows[n] |= {name: error._asdict() for name, error in errors.items()}
+        return {"results": rows, "seconds": round(self.report.seconds, 1), "report": str(self.page)}
+
+
+def tune_run(
+    model: Model,
+    run: str | Path,
+    config: Config,
+    nfe: Sequence[int],
+    labels: bool,
+    *,
+    seconds: float = 120.0,
+    out: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Tuned:
+    """Plans of `nfe` evaluations for a run sampled as `config` says, with labels or without, better on noise that was
+    not used than those of `auto`, or these; kept in `out`, by default the run's own folder, where `sample` finds them.
+
+    Each takes about `seconds` of gradient steps. The report is in the folder tune/ beside. Raises InputError for bad
+    budgets, and for a folder that may not be written to.
+    """
+    folder = Path(out) if out is not None else run_folder(run)
+    if not nfe or len(set(nfe)) < len(nfe):
+        raise InputError(
+            f"give each number of evaluations once, such as 4,6,8; got {','.join(map(str, nfe)) or 'none'}"
+        )
+    if out is None and not own(folder):
+        raise InputError(f"{folder} is not yours to write to: give a folder of your own with --out")
+    used, guidance = model.using(config), config.build("guidance") if labels else None
+
+    def first(n: int) -> Plan:
+        kept = plan_for(model, run, config, n, labels)
+        return used.auto(n, guidance=guidance).plan if kept.plan.name.endswith(TUNED) else kept.plan
+
+    report = used.tune(nfe, guidance=guidance, first=first, seconds=seconds, progress=progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    plans = {n: folder / plan_name(model, config, n, labels) for n in nfe}
+    for n, path in plans.items():
+        keep(report.results[n].plan, path)
+    stocks = {n: stock(config, n) for n in nfe}
+    name = plan_name(model, config, 0, labels).removeprefix("plan-0").removesuffix(".safetensors")
+    page = folder / f"tune{name}" / "report.html"
+    found = Tuned(report, {n: report.fresh.errors(plan) for n, plan in stocks.items()}, plans, page)
+    commit(page.parent, lambda aside: _write(found, used, stocks, guidance, aside))
+    return found
+
+
+def stock(config: Config, nfe: int) -> Plan:
+    """The configured solver on the configured levels, or DPM-Solver++(2M) where a step of it takes several calls."""
+    solver, schedule = config.build("solver"), config.build("schedule")
+    several = solver.calls != 1 or getattr(solver, "adaptive", False)
+    return trace(DPMpp2M() if several else solver, config.build("grid")(schedule, nfe), "stock")
+
+
+def _write(found: Tuned, model: Model, stocks: dict[int, Plan], guidance: Any, aside: Path) -> None:
+    results = found.report.results
+    (aside / "report.json").write_text(json.dumps(found.facts, indent=1) + "\n")
+    curves = {
+        "stock": found.stock,
+        "auto": {n: result.start for n, result in results.items()},
+        "tuned": {n: result.chosen for n, result in results.items()},
+    }
+    plot.plot_errors(
+        {k: {n: (e.median, e.high) for n, e in v.items()} for k, v in curves.items()}, aside / "errors.png"
+    )
+    body = [
+        "<h1>A tuned sampler</h1><p class=lead>Samplers of few evaluations against the exact flow from the same noise: "
+        "the distance at the end over the size of the sample, on noise that was used neither to tune nor to choose.</p>",
+        f'<figure><img src="{plot.data_uri(aside / "errors.png")}" alt="error over evaluations"></figure>',
+    ]
+    header = ["evaluations", "sampler", "median", "RMS", "of 90 %", "variance kept"]
+    rows = [
+        [str(n), name, *(f"{value:.4f}" for value in errors[n])] for n in results for name, errors in curves.items()
+    ]
+    body.append(plot.table_html(header, rows))
+    if len(model.shape) == 3 and model.shape[0] in (1, 3):
+        for n, result in results.items():
+            label = None if guidance is None else [k % model.classes for k in range(SHOWN)]
+            shown = {"stock": stocks[n], "auto": result.first, "tuned": result.plan}
+            shown["exact"] = reference(model.schedule, n, model.spectrum)
+            drawn: dict[str, Tensor] = {
+                name: model.shown(model.sample(SHOWN, label, plan=plan, guidance=guidance))
+                for name, plan in shown.items()
+            }
+            path = aside / f"samples-{n}.png"
+            plot.plot_rows(drawn, path)
+            caption = f"{n} evaluations: {result.plan.name}; exact: {shown['exact'].nfe} evaluations."
+            body.append(
+                f'<figure><img src="{plot.data_uri(path)}" alt="samples"><figcaption>{caption}</figcaption></figure>'
+            )
+    body.append(f"<h2>Rungs</h2><pre>{found.report}</pre>")
+    (aside / "report.html").write_text(plot.page("undiffuse: a tuned sampler", "".join(body)))
