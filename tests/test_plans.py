@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.test_cli import put_model
 from undiffuse import VP, InputError, Modal, Model, Tableau, UniformLam, UniPC, read_plan, spectral, trace
@@ -141,6 +142,27 @@ def test_nothing_is_written_into_the_package():
     assert not list(SHIPPED.glob("*/plan-*"))
 
 
+def test_shards_by_a_plan_hold_what_it_samples(own, tmp_path, run):
+    out = tmp_path / "shards"
+    code, _, err = run("sample", own, "--nfe", 2, "-n", 5, "--out", out, "--shard", 3)
+    assert code == 0, err
+    plan = read_plan(own / "plan-2.safetensors")
+    x = torch.cat([load_file(path)["x"] for path in sorted(out.glob("*.safetensors"))])
+    assert torch.equal(x, Model.load(own).sample(5, plan=plan))
+    code, _, err = run("sample", own, "--plan", own / "plan-2.safetensors", "-n", 5, "--out", out, "--shard", 3)
+    assert code == 0, err
+    code, _, err = run("sample", own, "-n", 5, "--out", out, "--shard", 3)
+    assert (code, "plan" in err) == (2, True)
+
+
+def test_evaluations_by_a_plan_are_named_by_it(own, run):
+    words = ["-n", 12, "--features", "pixels", "--over-steps", "", "--over-w", "", "--likelihood", 0]
+    code, _, err = run("evaluate", own, "--nfe", 2, *words, "--json")
+    assert code == 0, err
+    assert (own / "plan-2-w2.safetensors").is_file()
+    assert list((own / "evaluations").glob("nfe2-w2-*"))
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
@@ -150,7 +172,6 @@ def test_nothing_is_written_into_the_package():
         (["--nfe", "3", "grid=karras", "sample.steps=3"], "leave out grid, sample.steps"),
         (["--plan", "nowhere", "schedule=cosine"], "leave out schedule"),
         (["--plan", "nowhere"], "nowhere is not a readable plan"),
-        (["--nfe", "3", "--out", "shards"], "for one file"),
     ],
 )
 def test_mistakes(folder, run, words, why):

@@ -41,7 +41,7 @@ from undiffuse.fit import fit
 from undiffuse.guide import CFG
 from undiffuse.modal import read_plan
 from undiffuse.model import SHIPPED, Model, find_run, run_folder, shipped
-from undiffuse.plans import plan_for
+from undiffuse.plans import Kept, plan_for
 from undiffuse.train import Lost, NonFinite, Preempted, Processes, Signals, TrainState
 from undiffuse.tuning import tune_run
 from undiffuse.types import InputError
@@ -58,6 +58,10 @@ AverageOf = Annotated[
 ]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="sample by a saved plan (a tableau) instead of solver, grid and steps")
+]
+Evaluations = Annotated[
+    int | None,
+    typer.Option("--nfe", help="by the sampler of so many evaluations that suits the model; sought once, then kept"),
 ]
 plans = typer.Typer(no_args_is_help=True, help="Saved samplers: tables of coefficients, as `sample --nfe` keeps them.")
 app.add_typer(plans, name="plan")
@@ -227,10 +231,7 @@ def sample(
     ] = None,
     ema: AverageOf = None,
     number: Annotated[int | None, typer.Option("-n", help="how many; the same as sample.n")] = None,
-    nfe: Annotated[
-        int | None,
-        typer.Option(help="by the sampler of so many evaluations that suits the model; sought once, kept in the run"),
-    ] = None,
+    nfe: Evaluations = None,
     plan: PlanFile = None,
     shard: Annotated[int, typer.Option(help="samples per shard of a folder")] = 1000,
     form: Annotated[str, typer.Option("--format", help="shards of a folder: safetensors, or png (a .tar each)")] = (
@@ -260,10 +261,22 @@ def sample(
     if dry_run:
         return _dry(config, as_json)
     if out is not None and (out.is_dir() or not out.suffix):
-        if nfe is not None or plan is not None:
-            raise InputError("--nfe and --plan are for one file: shards take solver, grid and sample.steps")
+        file = plan
+        if nfe is not None:
+            file = _chosen(model, run, config, nfe, bool(model.cycle(label)), as_json).path
+            if file is None:
+                raise InputError(f"the plan of {nfe} evaluations cannot be kept in {run}, and shards need its file")
         job = bulk_module.plan(
-            model, run, out, label, settings=layer, shard=shard, format=form, device=device, threads=threads
+            model,
+            run,
+            out,
+            label,
+            settings=layer,
+            shard=shard,
+            format=form,
+            device=device,
+            threads=threads,
+            table=file,
         )
         return _shards(job, model, "ray" if ray else "local", workers, as_json)
     if ray or workers is not None or (shard, form, device, threads) != (1000, "safetensors", "auto", 1):
@@ -276,8 +289,7 @@ def sample(
     words = "any" if label is None else re.sub(r"[^\w-]+", "_", label)
     table, kept = None if plan is None else read_plan(plan), None
     if nfe is not None:
-        with Bars(as_json) as bars:
-            kept = plan_for(model, run, config, nfe, bool(cycle), lambda i, n: bars.move("choosing a sampler", i, n))
+        kept = _chosen(model, run, config, nfe, bool(cycle), as_json)
         table = kept.plan
     if table is None:
         how = _how(config, bool(cycle))
@@ -374,6 +386,12 @@ def tune(
     _say(as_json, found.facts, f"{found.report.seconds:.0f} s; report: {found.page}{kept}")
 
 
+def _chosen(model: Model, run: str | Path, config: Config, nfe: int, labels: bool, quiet: bool) -> Kept:
+    """The plan of a run that suits it, with a bar while it is sought."""
+    with Bars(quiet) as bars:
+        return plan_for(model, run, config, nfe, labels, lambda i, n: bars.move("choosing a sampler", i, n))
+
+
 def _own_folder(run: str | Path, what: str) -> Path:
     """Where a run's files go unless it is said; what comes with the package is not written to."""
     found = run_folder(run)
@@ -465,6 +483,7 @@ def evaluate(
     likelihood: Annotated[
         int | None, typer.Option(help="held-out samples for bits per dimension; 0: none; default 64")
     ] = None,
+    nfe: Evaluations = None,
     plan: PlanFile = None,
     seed: Annotated[int, typer.Option(help="of metrics and likelihoods; that of samples is sample.seed")] = 0,
     out: Annotated[
@@ -500,8 +519,8 @@ def evaluate(
                 f"{target!r} is neither a run folder, nor the name of one in runs/, nor samples: train one with "
                 f"`undiffuse train out=runs/{Path(target).name or 'NAME'}`"
             )
-        if plan is not None or dry_run or ema is not None:
-            raise InputError("--plan, --ema and --dry-run are for runs: these samples are made by now")
+        if plan is not None or nfe is not None or dry_run or ema is not None:
+            raise InputError("--nfe, --plan, --ema and --dry-run are for runs: these samples are made by now")
         folder = out if out is not None else Path(f"{Path(target.rstrip('/')).stem}-evaluation")
         report.writable(folder)
         processes = Processes.start(device)
@@ -518,9 +537,15 @@ def evaluate(
     config = bulk_module.configure(model, layer)
     if dry_run:
         return _dry(config, as_json)
+    if nfe is not None or plan is not None:
+        _no_more_than_a_plan(nfe, plan, layer)
     table = None if plan is None else read_plan(plan)
     name = plan.stem if plan is not None else _how(config, bool(model.classes))
+    if nfe is not None:
+        table = _chosen(model, run, config, nfe, bool(model.classes), as_json).plan
+        name = f"nfe{nfe}{_weight(config, bool(model.classes))}"
     settings = [*(config.values[key] for key in bulk_module.SETTINGS), asdict(choices), str(plan), ema]
+    settings += [] if nfe is None else [nfe]
     folder = out if out is not None else _own_folder(run, "evaluations") / f"{name}-{digest(json.dumps(settings))[:6]}"
     report.writable(folder)
     processes = Processes.start(device)

@@ -27,7 +27,7 @@ from undiffuse.solvers import Solver
 from undiffuse.spectrum import Spectrum
 from undiffuse.train import Snapshots, commit, load_weights, verify, weights
 from undiffuse.tune import Choice, Report, auto, ladder
-from undiffuse.types import InputError, Plan
+from undiffuse.types import Denoise, InputError, Plan
 
 SHIPPED = Path(__file__).parent / "models"
 

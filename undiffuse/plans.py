@@ -17,7 +17,6 @@ from undiffuse.tableau import Tableau
 from undiffuse.train import MANIFEST
 from undiffuse.tune import Choice
 
-
 TUNED = ", tuned"  # the end of the names of plans that `tune` made
 
 

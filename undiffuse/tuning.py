@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from undiffuse import plot
 from undiffuse.config import Config
-from undiffuse.guide import CFG
 from undiffuse.model import Model, run_folder
 from undiffuse.plans import TUNED, keep, own, plan_for, plan_name
 from undiffuse.solvers import DPMpp2M
@@ -108,8 +105,8 @@ def _write(found: Tuned, model: Model, stocks: dict[int, Plan], guidance: Any, a
         {k: {n: (e.median, e.high) for n, e in v.items()} for k, v in curves.items()}, aside / "errors.png"
     )
     body = [
-        "<h1>A tuned sampler</h1><p class=lead>Samplers of few evaluations against the exact flow from the same noise: "
-        "the distance at the end over the size of the sample, on noise that was used neither to tune nor to choose.</p>",
+        "<h1>A tuned sampler</h1><p class=lead>Samplers of few evaluations against the exact flow from the same "
+        "noise: the distance at the end over the sample's size, on noise used neither to tune nor to choose.</p>",
         f'<figure><img src="{plot.data_uri(aside / "errors.png")}" alt="error over evaluations"></figure>',
     ]
     header = ["evaluations", "sampler", "median", "RMS", "of 90 %", "variance kept"]

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from undiffuse.config import DEFAULTS, Config
+from undiffuse.modal import read_plan
 from undiffuse.model import Model, run_folder
-from undiffuse.train import MANIFEST
+from undiffuse.train import MANIFEST, sha256
 from undiffuse.types import InputError
 
 SETTINGS = ("schedule", "solver", "grid", "guidance", "sample")  # what a job may set; the rest was fixed by training
@@ -25,6 +26,7 @@ class Job:
     """What decides the samples (`identity`), and where they come from and go to; plain data, so it can be sent.
 
     `labels` is the cycle of classes: sample k has labels[k % len(labels)]; empty, it is unconditional.
+    `plan`, a saved plan's file and its SHA-256, takes the place of schedule, solver and grid.
     """
 
     run: Path
@@ -38,6 +40,7 @@ class Job:
     format: str
     device: str
     threads: int
+    plan: tuple[Path, str] | None = None
 
     @property
     def n(self) -> int:
@@ -54,8 +57,10 @@ class Job:
         """The settings on which the bytes depend; `sample.batch` and guidance without labels are none of them."""
         every = self.labels == tuple(range(self.classes))
         labels = "each" if every else ",".join(map(str, self.labels))
-        settings = {k: self.values[k] for k in ("schedule", "solver", "grid")}
-        settings["sample"] = {k: v for k, v in self.values["sample"].items() if k in ("n", "steps", "seed", "rows")}
+        decide = ("n", "steps", "seed", "rows") if self.plan is None else ("n", "seed", "rows")
+        settings = {k: self.values[k] for k in ("schedule", "solver", "grid") if self.plan is None}
+        settings["sample"] = {k: v for k, v in self.values["sample"].items() if k in decide}
+        settings |= {} if self.plan is None else {"plan": self.plan[1]}
         settings |= {"label": labels, "guidance": self.values["guidance"]} if self.labels else {"label": None}
         fixed = {"shard": self.shard, "format": self.format, "device": self.device, "threads": self.threads}
         ema = {} if self.ema is None else {"ema": self.ema}
@@ -93,11 +98,16 @@ def plan(
     format: str = "safetensors",
     device: str = "auto",
     threads: int = 1,
+    table: Path | None = None,
 ) -> Job:
-    """The job of these settings, checked; nothing is written. Raises InputError for settings that cannot be."""
+    """The job of these settings, or by the saved plan `table`, checked; nothing is written. Raises InputError for
+    settings that cannot be."""
     config = configure(model, settings or {})
     values, use = config.values, config.section("sample")
-    config.build("grid")(config.build("schedule"), use.steps)  # not every grid has every number of steps
+    if table is None:
+        config.build("grid")(config.build("schedule"), use.steps)  # not every grid has every number of steps
+    else:
+        read_plan(table)
     cuda = torch.cuda.is_available()
     device = ("cuda" if cuda else "cpu") if device == "auto" else device
     if shard < 1 or threads < 1:
@@ -113,7 +123,8 @@ def plan(
     kept = {key: values[key] for key in SETTINGS}
     found = run_folder(run)
     where = found.resolve(), Path(out).resolve(), fingerprint(found), model.ema
-    return Job(*where, kept, model.cycle(label), model.classes, shard, format, device, threads)
+    by = None if table is None else (table.resolve(), sha256(table))
+    return Job(*where, kept, model.cycle(label), model.classes, shard, format, device, threads, by)
 
 
 def fingerprint(run: str | Path) -> str:

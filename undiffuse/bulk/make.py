@@ -18,9 +18,10 @@ from undiffuse import plot
 from undiffuse.bulk.folder import claim, to_json, trouble_of
 from undiffuse.bulk.job import Job, fingerprint
 from undiffuse.config import Config
+from undiffuse.modal import read_plan
 from undiffuse.model import Model
 from undiffuse.sample import State
-from undiffuse.train import NonFinite, replace_bytes
+from undiffuse.train import NonFinite, replace_bytes, sha256
 from undiffuse.types import InputError
 
 Progress = Callable[[float, int, float], None]  # samples that are there, of how many, and made each second
@@ -37,7 +38,11 @@ class Maker:
         config = Config.resolve(model.config.values, job.values)
         model.denoiser.to(device or job.device)
         self.job, self.model = job, model.using(config)
-        self.steps = len(config.build("grid")(self.model.schedule, config.section("sample").steps)) - 1
+        if job.plan is not None and sha256(job.plan[0]) != job.plan[1]:
+            raise InputError(f"{job.plan[0]} has changed since the job began: run the command again")
+        self.plan = None if job.plan is None else read_plan(job.plan[0])
+        grid, steps = config.build("grid"), config.section("sample").steps
+        self.steps = self.plan.nfe if self.plan is not None else len(grid(self.model.schedule, steps)) - 1
 
     def make(self, index: int, count: Count | None = None) -> bool:
         """Make a shard, unless it is sound by now; whether it was made. Raises NonFinite for NaN and infinite values.
@@ -50,7 +55,7 @@ class Maker:
                 count.at(index, 1)
             return False
         labels = torch.tensor([job.labels[k % len(job.labels)] for k in span]) if job.labels else None
-        x = self.model.sample(len(span), labels, first=span.start, progress=self._steps(index, count))
+        x = self.model.sample(len(span), labels, plan=self.plan, first=span.start, progress=self._steps(index, count))
         x = x.cpu().contiguous()
         bad = ~torch.isfinite(x.flatten(1)).all(1)
         if bool(bad.any()):
