@@ -38,7 +38,7 @@ from undiffuse.grid import Restart
 from undiffuse.tune.coefficients import Ends, Errors, endpoint, tune_coefficients
 from undiffuse.tune.family import Family, Spacing, assembled
 from undiffuse.tune.gaussian import Modes, gaussian_error, tune_gaussian
-from undiffuse.tune.ladder import ladder, wins
+from undiffuse.tune.ladder import VARIANCE, families, ladder, refusal
 from undiffuse.tune.trajectory import Paths, jump_costs, shortest, tune_trajectory
 
 D64 = torch.float64
@@ -157,6 +157,32 @@ def test_corrections_of_spectral_tables_sample_gaussian_data_exactly(name, sched
         assert torch.allclose(out.variances, family.spectrum.variances, rtol=1e-8)
         assert torch.allclose(out.mean, family.spectrum.mean, rtol=1e-8)
         assert math.isclose(out.rest, family.spectrum.rest, rel_tol=1e-8, abs_tol=1e-12)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_plan_of_the_family_gives_back_its_corrections(name, schedule):
+    family = FAMILIES[name]
+    corrections = random_corrections(family, 5)
+    found = family.corrections(family.plan(UniformLam(lam_max=3.0)(SCHEDULES[schedule], 5), corrections))
+    assert torch.allclose(found, corrections.tril(0 if isinstance(family.solver, Spectral) else -1), atol=1e-9)
+
+
+def test_a_family_holds_all_plans_that_integrate_exactly_what_it_does():
+    levels, plain = UniformLam(lam_max=3.0)(EDM(), 5), Family(DPMpp2M())
+    g = torch.Generator().manual_seed(2)
+    inside = [trace(solver, levels) for solver in (DDIM(), IPNDM(4), UniPC(3), Adams(3, prediction="eps"))]
+    modal = Family(Spectral(), SPREAD)
+    for family, plans in ((plain, inside), (modal, [spectral(SPREAD, levels, 1), spectral(SPREAD, levels, 2, False)])):
+        for plan in plans:
+            again = family.plan(levels, family.corrections(plan))
+            x = 80 * torch.randn(3, 6 if isinstance(plan, Modal) else 2, generator=g, dtype=D64)
+            denoise = Gaussian(diagonal(*[0.3] * 6)) if isinstance(plan, Modal) else WELLS
+            assert torch.allclose(again.run(denoise, x), plan.run(denoise, x), rtol=1e-8, atol=1e-10)
+    outside = (trace(Heun(), levels[:3] + levels[-1:]), trace(Spectral(0.3), levels), spectral(SPREAD, levels))
+    assert [plain.corrections(plan) for plan in outside] == [None] * 3
+    others = (inside[0], spectral(LOW, levels), spectral(SPREAD, levels, groups=2))
+    assert [modal.corrections(plan) for plan in others] == [None] * 3
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -334,8 +360,36 @@ def test_a_grid_from_paths_has_a_smaller_error_than_its_start():
 
 
 def test_errors_count_what_is_no_number():
-    assert Errors.of(torch.tensor([1.0, 2.0, 3.0])) == Errors(2.0, pytest.approx(math.sqrt(14 / 3)), 3.0)
-    assert Errors.of(torch.tensor([1.0, 1.0, math.nan])) == Errors(1.0, math.inf, math.inf)
+    assert Errors.of(torch.tensor([1.0, 2.0, 3.0]), 0.5) == Errors(2.0, pytest.approx(math.sqrt(14 / 3)), 3.0, 0.5)
+    assert Errors.of(torch.tensor([1.0, 1.0, math.nan])) == Errors(1.0, math.inf, math.inf, 1.0)
+
+
+def test_the_variance_kept_is_that_of_the_ends():
+    """Of ends scaled about their mean by c, c^2 is kept, and the error is |1 - c| of their distance from the mean."""
+    held = Ends.draw(bind, range(50), (2,), accurate, 80.0)
+    mean = held.end.mean(0)
+    found = held.errors(lambda denoise, x: mean + 0.8 * (held.end - mean), EDM().level(1.0))
+    assert math.isclose(found.kept, 0.64, rel_tol=1e-9)
+    relative = 0.2 * (held.end - mean).norm(dim=1) / held.end.norm(dim=1)
+    assert math.isclose(found.median, float(relative.median()), rel_tol=1e-9)
+    assert math.isnan(held.errors(lambda denoise, x: x * math.nan, EDM().level(1.0)).kept)
+
+
+def test_a_win_needs_every_measure():
+    old = Errors(1.0, 2.0, 3.0, 0.95)
+    assert not refusal(Errors(0.9, 2.0, 3.0, 1.05), old)
+    assert not refusal(Errors(0.9, 2.0, 3.0, 1.0 - 0.99 * VARIANCE), Errors(1.0, 2.0, 3.0, 1.0))
+    for new, word in (
+        (Errors(1.0, 1.0, 1.0, 1.0), "median"),
+        (Errors(0.9, 2.01, 1.0, 1.0), "RMS"),
+        (Errors(0.9, math.nan, 1.0, 1.0), "RMS"),
+        (Errors(0.9, 1.0, 3.01, 1.0), "90th"),
+        (Errors(0.9, 1.0, 1.0, 0.94), "loses variance"),
+        (Errors(0.9, 1.0, 1.0, 1.06), "adds variance"),
+        (Errors(0.9, 1.0, 1.0, math.nan), "variance"),
+    ):
+        assert word in refusal(new, old)
+    assert not refusal(Errors(0.9, 2.08, 3.1, 1.0), old, 1.05)
 
 
 @pytest.mark.parametrize("name", ["plain", "spectral"])
@@ -385,10 +439,13 @@ def test_over_fitted_gradients_are_not_kept():
         progress=said.append,
     )
     rungs = {rung.name: rung for rung in report.results[6].rungs}
-    assert rungs["gradient"].tuned.median < 0.1 * rungs["start"].tuned.median
+    assert rungs["gradient"].tuned.median < 0.1 * rungs["first"].tuned.median
+    assert rungs["gradient"].held_out.high > 1.2 * rungs["first"].held_out.high
+    assert f"not kept: {rungs['gradient'].why}" in said[0]
     assert not rungs["gradient"].kept
-    assert "not kept" in said[0]
-    assert report.results[6].chosen == next(rung.held_out for rung in reversed(report.results[6].rungs) if rung.kept)
+    best = [rung for rung in report.results[6].rungs if rung.kept][-1]
+    if best.name == "first":
+        assert report.results[6].plan is report.results[6].first
 
 
 def test_the_ladder_climbs_where_there_is_noise_enough():
@@ -409,10 +466,58 @@ def test_the_ladder_climbs_where_there_is_noise_enough():
         assert isinstance(result.plan, Tableau | Modal)
         assert result.plan.nfe == n
         assert result.chosen.median < 0.8 * result.start.median
-        assert wins(result.chosen, result.start)
-        held = Ends.draw(bind, range(48, 96), (2,), accurate, 80.0)
-        assert held.errors(result.plan.run, EDM().level(1.0)) == result.chosen
+        assert result.chosen.rms <= result.start.rms
+        fresh = Ends.draw(bind, range(96, 160), (2,), accurate, 80.0)
+        for plan, errors in ((result.plan, result.chosen), (result.first, result.start)):
+            assert fresh.errors(plan.run, EDM().level(1.0)) == errors
+        family = {"spectral": Spectral, "dpmpp-2m": DPMpp2M}[result.family.split(" ")[0]]
+        assert isinstance(families(OVERALL)[result.family].solver, family)
+        again = families(OVERALL)[result.family].plan(result.levels, result.corrections)
+        assert fresh.errors(again.run, EDM().level(1.0)) == result.chosen
     assert "6 evaluations" in str(report)
+
+
+@pytest.mark.parametrize("name", ["ipndm", "spectral 2", "heun", "noisy start"])
+def test_the_ladder_starts_from_the_plan_to_beat(name):
+    """Its coefficients are those of a family's start where it has some, else its levels where they fall."""
+    levels = UniformLam(lam_max=3.0)(EDM(), 6)
+    plan = {
+        "ipndm": lambda: trace(IPNDM(4), levels),
+        "spectral 2": lambda: spectral(OVERALL, levels, 2, corrector=False),
+        "heun": lambda: trace(Heun(), [levels[i] for i in (0, 2, 4, 6)]),
+        "noisy start": lambda: trace(DPMpp2M(), [*levels[:-1], Level.at(9.0)]),
+    }[name]()
+    report = ladder(
+        bind, (2,), EDM(), (plan.nfe,), OVERALL, first=lambda n: plan, reference=accurate,
+        tuning=16, held_out=32, fresh=2, seconds=60, iterations=20, save=False,
+    )  # fmt: skip
+    result = report.results[plan.nfe]
+    assert result.first is plan
+    assert result.rungs[0].held_out == Ends.draw(bind, range(16, 48), (2,), accurate, 80.0).errors(plan.run, levels[0])
+    kept = [rung.held_out for rung in result.rungs if rung.kept]
+    assert all(not refusal(new, kept[0]) for new in kept[1:])
+    with_levels = {rung.family for rung in result.rungs if rung.name == "levels"}
+    due = {"ipndm": {"spectral 3", "spectral 1"}, "spectral 2": {"dpmpp-2m"}}
+    assert with_levels == due.get(name, set(families(OVERALL)))
+
+
+def test_a_plan_that_loses_variance_is_not_kept():
+    """Ends that have nothing to do with the noise are nearest to their mean: an error without variance is planted."""
+    data = Spectrum(torch.zeros(8), torch.ones(8))
+    found = ladder(
+        lambda indices: Gaussian(data), (8,), EDM(), (4,), data,
+        first=lambda n: trace(DPMpp2M(), UniformLam(lam_max=3.0)(EDM(), n)),
+        tried={"dpmpp-2m": Family(DPMpp2M())}, reference=lambda denoise, x: x.roll(1, 0) / 80,
+        seconds=60, iterations=40, save=False,
+    ).results[4]  # fmt: skip
+    first, last = found.rungs[0].held_out, found.rungs[-1].held_out
+    assert last.median < first.median
+    assert last.rms < first.rms
+    assert last.high < first.high
+    assert last.kept < 0.5 * first.kept
+    assert "it loses variance" in found.rungs[-1].why
+    assert "not kept: it loses variance" in str(found)
+    assert abs(found.chosen.kept - 1) <= abs(found.start.kept - 1)
 
 
 # wrong arguments
@@ -446,6 +551,9 @@ def test_mistakes_are_named():
         Paths.walk(bind(()), ends.noise, Karras()(EDM(), 4), Heun())
     with pytest.raises(InputError, match="seconds"):
         tune_coefficients(Family(DPMpp2M()), ends, EDM(), levels, seconds=0)
-    for bad in ({"nfe": ()}, {"nfe": (0,)}, {"nfe": (61,)}, {"nfe": (4,), "tuning": 1}, {"nfe": (4,), "held_out": 0}):
+    few = ({"nfe": (4,), part: 1} for part in ("tuning", "held_out", "fresh"))
+    for bad in ({"nfe": ()}, {"nfe": (0,)}, {"nfe": (61,)}, *few):
         with pytest.raises(InputError, match="budgets"):
             ladder(bind, (2,), EDM(), bad.pop("nfe"), OVERALL, **bad)
+    with pytest.raises(InputError, match="has 4"):
+        ladder(bind, (2,), EDM(), (5,), OVERALL, first=lambda n: trace(DPMpp2M(), levels), reference=accurate)

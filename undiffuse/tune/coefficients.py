@@ -31,21 +31,23 @@ RUNAWAY = 1e3  # the loss of a line search's points where it is not finite
 
 
 class Errors(NamedTuple):
-    """Over samples, of |x_end - reference| / |reference|: the median, the root mean square, the 90th percentile."""
+    """Over samples, of |x_end - reference| / |reference|: the median, the root mean square, the 90th percentile; and
+    the variance `kept`: the total variance of the ends over that of the reference's."""
 
     median: float
     rms: float
     high: float
+    kept: float
 
     @staticmethod
-    def of(relative: Tensor) -> Errors:
+    def of(relative: Tensor, kept: float = 1.0) -> Errors:
         """Of relative errors (b,); an error that is not a number counts as infinite."""
         r = torch.nan_to_num(relative.double(), nan=math.inf)
         high = r.sort().values[min(len(r) - 1, math.ceil(0.9 * len(r)) - 1)]
-        return Errors(float(r.median()), float(r.square().mean().sqrt()), float(high))
+        return Errors(float(r.median()), float(r.square().mean().sqrt()), float(high), kept)
 
     def __str__(self) -> str:
-        return f"{self.median:.4f} {self.rms:.4f} {self.high:.4f}"
+        return f"{self.median:.4f} {self.rms:.4f} {self.high:.4f} {self.kept:.3f}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +88,9 @@ class Ends:
     def errors(self, run: Run, first: Level) -> Errors:
         """Errors of a plan's `run` from this noise at its first level."""
         with torch.no_grad():
-            return Errors.of(self.relative(run(self.bind(self.indices), first.sigma * self.noise)))
+            x = run(self.bind(self.indices), first.sigma * self.noise)
+        new, due = (float(ends.flatten(1).double().var(0).sum()) for ends in (x, self.end))
+        return Errors.of(self.relative(x), new / max(due, 1e-300))
 
 
 def endpoint(

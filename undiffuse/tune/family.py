@@ -131,24 +131,71 @@ class Family:
         rows = torch.cat([rows[..., :1], rows[..., 1:] / root[..., None]], -1)
         return torch.cat([basis[:, :1, :], rows[:, :-1]], 1), rows[:, -1]
 
+    def corrections(self, plan: Tableau | Modal) -> Tensor | None:
+        """The corrections with which this family on the plan's levels is the plan; None where there are none.
+
+        All deterministic plans that integrate exactly what the family does have some, whatever their solver.
+        """
+        tables = plan.tables if isinstance(plan, Modal) else (plan,)
+        if isinstance(plan, Modal) == (self.spectrum is None) or plan.draws or len(tables) != len(self.variances):
+            return None
+        if isinstance(plan, Modal) and not (
+            torch.equal(plan.group, self.group) and plan.spectrum.shape == getattr(self.spectrum, "shape", None)
+        ):
+            return None
+        levels, root = levels_of(plan), self.variances.sqrt()[:, None]
+        try:
+            points, out = self.tables(levels)
+        except InputError:  # levels at which no step can be taken, as those of plans of two evaluations a step
+            return None
+        rows = torch.stack([torch.cat([table.points[1:], table.out[None]]) for table in tables])
+        change = rows - torch.cat([points[:, 1:], out[:, None]], 1)
+        change = torch.cat([change[..., :1], change[..., 1:] * root[..., None]], -1)
+        scaled = [Level(level.alpha * root, level.sigma.expand(root.shape)) for level in levels]
+        keep, scale, unit = self._scales(scaled)
+        before = torch.cat([torch.zeros_like(change[:, :1]), keep[:, 1:, None] * change[:, :-1]], 1)
+        found = ((change - before)[..., 1:] / scale[..., None] / unit).tril(self._diagonal)
+        again = self.plan(levels, found)
+        mine = again.tables if isinstance(again, Modal) else (again,)
+        near = (
+            torch.allclose(getattr(a, part), getattr(b, part), rtol=1e-6, atol=1e-8)
+            for a, b in zip(mine, tables, strict=True)
+            for part in ("points", "out")
+        )
+        return found if all(near) else None
+
+    @property
+    def _diagonal(self) -> int:
+        """The last diagonal of corrections that has a meaning."""
+        return 0 if isinstance(self.unit, Spectral) else -1
+
+    def _scales(self, levels: list[Level]) -> tuple[Tensor, Tensor, Tensor]:
+        """What a step keeps of its start (groups, n), its scale (groups, n), and what a correction of 1 is of it
+        (groups, n, n), for data of unit variance."""
+        alpha, sigma = (torch.stack([getattr(level, c)[:, 0] for level in levels], 1) for c in ("alpha", "sigma"))
+        if isinstance(self.unit, Spectral):
+            # on g at each evaluation, in angles
+            std, phi = (alpha**2 + sigma**2).sqrt(), torch.atan2(alpha, sigma)
+            unit = phi.diff(dim=1)[..., None] * (std / sigma.clamp(min=1e-300))[:, None, :-1]
+            return std[:, 1:] / std[:, :-1], std[:, 1:], unit
+        # in units of the whole weight of a step
+        h = (alpha.log() - sigma.log()).diff(dim=1)
+        scale = alpha[:, 1:] * -torch.expm1(-h)
+        return sigma[:, 1:] / sigma[:, :-1], scale, torch.ones_like(scale)[..., None]
+
     def _changes(self, levels: list[Level], corrections: Tensor) -> Tensor:
         """What corrections add to the rows after the first (groups, n, 1 + n), for data of unit variance."""
         n = len(levels) - 1
-        weights = corrections.tril().expand(len(self.variances), n, n)
-        alpha, sigma = (torch.stack([getattr(level, c)[:, 0] for level in levels], 1) for c in ("alpha", "sigma"))
+        keep, scale, unit = self._scales(levels)
+        on_x0 = corrections.tril(self._diagonal).expand(len(self.variances), n, n) * unit
         if isinstance(self.unit, Spectral):
-            # on g at each evaluation, in angles; x in g is that of the Gaussian's flow, so that g is 0 for its data
-            std, phi = (alpha**2 + sigma**2).sqrt(), torch.atan2(alpha, sigma)
-            weights = weights * phi.diff(dim=1)[..., None]
-            keep, scale = std[:, 1:] / std[:, :-1], std[:, 1:]
-            on_x0 = weights * (std / sigma.clamp(min=1e-300))[:, None, :-1]
+            # x in g is that of the Gaussian's flow, so that g is 0 for its data
+            alpha, sigma = (torch.stack([getattr(level, c)[:, 0] for level in levels], 1) for c in ("alpha", "sigma"))
+            std = (alpha**2 + sigma**2).sqrt()
             on_x = -(on_x0 * (alpha / std)[:, None, :-1]).sum(-1, keepdim=True) / std[:, :1, None]
         else:
-            # on x0 less the newest one, in units of the whole weight of a step: a constant x0 does not notice
-            h = (alpha.log() - sigma.log()).diff(dim=1)
-            keep, scale = sigma[:, 1:] / sigma[:, :-1], alpha[:, 1:] * -torch.expm1(-h)
-            weights = weights.tril(-1)
-            on_x0 = weights - torch.diag_embed(weights.sum(-1))
+            # on x0 less the newest one: a constant x0 does not notice
+            on_x0 = on_x0 - torch.diag_embed(on_x0.sum(-1))
             on_x = torch.zeros_like(on_x0[..., :1])
         fresh, rows = scale[..., None] * torch.cat([on_x, on_x0], -1), list[Tensor]()
         for i in range(n):  # a later step starts from what earlier ones changed
@@ -169,3 +216,8 @@ def assembled(levels: Sequence[Level], points: Tensor, out: Tensor, name: str = 
     alpha, sigma = (torch.stack([getattr(level, c) for level in levels]) for c in ("alpha", "sigma"))
     start, end = (torch.stack([alpha[i], sigma[i]]) for i in (0, -1))
     return Tableau(alpha[:-1], sigma[:-1], points, out, start, end, name)
+
+
+def levels_of(plan: Tableau | Modal) -> Levels:
+    """The levels of a plan's evaluations, and that of its end."""
+    return (*plan.levels, Level(*(plan.tables[0] if isinstance(plan, Modal) else plan).end))

@@ -1,4 +1,4 @@
-"""The ladder: the spectrum's grid, the paths' grid, then gradients, each kept only where held-out noise agrees."""
+"""The ladder: the plan to beat, grids from the spectrum and from paths, then gradients; each kept where it wins."""
 
 from __future__ import annotations
 
@@ -16,50 +16,87 @@ from undiffuse.schedule import Schedule
 from undiffuse.solvers import DPMpp2M, Spectral
 from undiffuse.spectrum import Spectrum
 from undiffuse.tableau import Tableau
-from undiffuse.tune.coefficients import Bind, Ends, Errors, Run, tune_coefficients
-from undiffuse.tune.family import Family
+from undiffuse.tune.auto import reference as accurate
+from undiffuse.tune.coefficients import Bind, Ends, Errors, Run, Tuned, tune_coefficients
+from undiffuse.tune.family import Family, Spacing, levels_of
 from undiffuse.tune.gaussian import tune_gaussian
 from undiffuse.tune.trajectory import Paths, jump_costs, shortest
 from undiffuse.types import InputError
 
-SLACK = 1.1  # by which RMS and 90th percentile, which few samples rule, may exceed those of the rung below
+Plan = Tableau | Modal
+SLACK = 1.05  # by which RMS and 90th percentile, which few samples rule, may exceed those of the rung below
+VARIANCE = 0.02  # by which the variance kept may be off where that of the plan to beat is nearer
 PATHS, STEPS = 16, 60  # of the teacher of the grid
+PROBE = 0.25  # of the time, for each kind of family before the better one has the rest
+
+
+def refusal(new: Errors, old: Errors, slack: float = 1.0) -> str:
+    """Why held-out errors do not win, empty where they do: a lower median; RMS and 90th percentile at most `slack`
+    times as high; and the variance kept, on which nothing is tuned, as near to 1 as before or within `VARIANCE`."""
+    if not new.median < old.median:
+        return "its median error is not lower"
+    for name, a, b in (("RMS error", new.rms, old.rms), ("90th percentile", new.high, old.high)):
+        if not a <= slack * b:
+            return f"its {name} is higher"
+    if not abs(new.kept - 1) <= max(abs(old.kept - 1), VARIANCE):
+        verb = "adds" if new.kept > 1 else "loses"
+        return f"it {verb} variance: {new.kept:.3f} of the reference's against {old.kept:.3f}"
+    return ""
 
 
 class Rung(NamedTuple):
-    """One rung of a family: errors on the noise that it was tuned on and on held-out noise, and whether it is kept."""
+    """One rung: errors on the noise that it was tuned on and on held-out noise, `why` it is not kept ("" where it is).
+
+    A rung that is worse on the noise that it was tuned on is not measured on other noise.
+    """
 
     family: str
     name: str
     tuned: Errors
-    held_out: Errors
-    kept: bool
+    held_out: Errors | None
+    why: str
     seconds: float
 
+    @property
+    def kept(self) -> bool:
+        """Whether it won over the rungs below."""
+        return not self.why
+
     def __str__(self) -> str:
-        verdict = "kept" if self.kept else "not kept: the rung below is better on held-out noise"
-        numbers = f"tuned {self.tuned}, held out {self.held_out}, {self.seconds:.1f} s"
-        return f"  {self.family:12} {self.name:10} {numbers}  {verdict}"
+        held_out = "" if self.held_out is None else f", held out {self.held_out}"
+        verdict = "kept" if self.kept else f"not kept: {self.why}"
+        return f"  {self.family:24} {self.name:9} tuned {self.tuned}{held_out}, {self.seconds:.1f} s  {verdict}"
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """The chosen plan for one budget, its rungs in order, and the held-out errors of the first and the chosen one."""
+    """The chosen `plan` for one budget, its `rungs` in order, and the plan to beat, `first`.
 
-    plan: Tableau | Modal
+    `start` and `chosen` are the errors of `first` and `plan` on noise which neither tuning nor choosing has seen. The
+    `family` on `levels` with `corrections` is the plan; all None where it is `first`.
+    """
+
+    plan: Plan
+    first: Plan
     rungs: tuple[Rung, ...]
     start: Errors
     chosen: Errors
+    family: str | None = None
+    levels: Levels | None = None
+    corrections: Tensor | None = None
 
     def __str__(self) -> str:
         gain = self.chosen.median / max(self.start.median, 1e-300)
-        head = f"{self.plan.nfe} evaluations: {self.plan.name}, median held-out error {gain:.2f} of the start's"
-        return "\n".join([head, *map(str, self.rungs)])
+        head = f"{self.plan.nfe} evaluations: {self.plan.name}, median error on fresh noise {gain:.2f} of the first's"
+        return "\n".join([head, *map(str, self.rungs), f"  on fresh noise: first {self.start}, chosen {self.chosen}"])
 
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """`results` by number of evaluations, and the seconds spent in all. Errors are printed as median, RMS, 90 %."""
+    """`results` by number of evaluations, and the seconds spent in all.
+
+    Errors are printed as median, RMS, 90th percentile and variance kept.
+    """
 
     results: dict[int, Result] = field(default_factory=dict)
     seconds: float = 0.0
@@ -68,13 +105,8 @@ class Report:
         return "\n".join([*map(str, self.results.values()), f"{self.seconds:.0f} s in all"])
 
 
-def wins(new: Errors, old: Errors) -> bool:
-    """Whether held-out errors are better: a lower median, RMS and 90th percentile at most `SLACK` times as high."""
-    return new.median < old.median and new.rms <= SLACK * old.rms and new.high <= SLACK * old.high
-
-
 def families(spectrum: Spectrum) -> dict[str, Family]:
-    """The families tried by default, the first one being the start that others must beat."""
+    """The families tried by default."""
     return {
         "spectral 3": Family(Spectral(order=3), spectrum),
         "spectral 1": Family(Spectral(order=1), spectrum),
@@ -82,27 +114,47 @@ def families(spectrum: Spectrum) -> dict[str, Family]:
     }
 
 
+class Start(NamedTuple):
+    """Where gradients may start: a family's levels and corrections, and their errors on the noise to tune on."""
+
+    name: str
+    family: Family
+    levels: Levels
+    corrections: Tensor | None
+    tuned: Errors
+
+
 @dataclass(eq=False)
 class _Climb:
-    """One family at one budget: what is kept so far, and its rungs."""
+    """One budget: what is kept so far, the rungs, and where gradients may start."""
 
-    family: Family
-    name: str
+    first: Plan
     tuning: Ends
     held_out: Ends
     levels: Levels
-    corrections: Tensor | None = None
-    best: Errors | None = None
+    kept: Start | None = None
     rungs: list[Rung] = field(default_factory=list)
+    starts: list[Start] = field(default_factory=list)
 
-    def attempt(self, name: str, levels: Levels, corrections: Tensor | None, seconds: float) -> None:
-        """Measure a rung and keep it where it wins."""
-        plan = self.family.plan(levels, corrections)
-        tuned, held_out = (ends.errors(plan.run, levels[0]) for ends in (self.tuning, self.held_out))
-        kept = self.best is None or wins(held_out, self.best)
-        self.rungs.append(Rung(self.name, name, tuned, held_out, kept, seconds))
-        if kept:
-            self.levels, self.corrections, self.best = levels, corrections, held_out
+    def __post_init__(self) -> None:
+        tuned, self.zero = (ends.errors(self.first.run, self.levels[0]) for ends in (self.tuning, self.held_out))
+        self.best, self.lead = self.zero, tuned
+        self.rungs.append(Rung(self.first.name, "first", tuned, self.zero, "", 0.0))
+
+    def attempt(
+        self, name: str, rung: str, family: Family, levels: Levels, corrections: Tensor | None, seconds: float = 0.0
+    ) -> None:
+        """Measure a rung, keep it where it wins over the rung below and over the first, and note it as a start."""
+        run, held_out = family.plan(levels, corrections).run, None
+        start = Start(name, family, levels, corrections, self.tuning.errors(run, levels[0]))
+        why = refusal(start.tuned, self.lead, float("inf")) and "it is worse on the noise to tune on"
+        if start.tuned.median < self.lead.median:
+            held_out = self.held_out.errors(run, levels[0])
+            why = refusal(held_out, self.zero) or refusal(held_out, self.best, SLACK)
+            if not why:
+                self.kept, self.best, self.lead = start, held_out, start.tuned
+        self.rungs.append(Rung(name, rung, start.tuned, held_out, why, seconds))
+        self.starts.append(start)
 
 
 def ladder(
@@ -112,10 +164,12 @@ def ladder(
     nfe: Sequence[int],
     spectrum: Spectrum,
     *,
+    first: Callable[[int], Plan] | None = None,
     tried: dict[str, Family] | None = None,
     reference: Run | None = None,
     tuning: int = 48,
     held_out: int = 64,
+    fresh: int = 64,
     seconds: float = 90.0,
     iterations: int = 400,
     seed: int = 0,
@@ -126,66 +180,100 @@ def ladder(
 ) -> Report:
     """The best plan for each number of evaluations in `nfe`, in about `seconds` of gradient steps for each of them.
 
-    `bind(indices)` is the denoiser of samples of `shape` with these numbers, condition and guidance bound. Each family
-    climbs from `SpectralGrid`: levels in closed form (plain families), levels from the paths of `PATHS` noises, levels
-    and corrections by gradient on `tuning` noises, whose loss is the mean log error. A rung is kept where it `wins` on
-    `held_out` other noises, and so is a family over the first. `reference` (default: `spectral` in 150 steps) gives
-    the ends. Raises InputError for budgets < 1 and fewer than 2 noises.
+    `bind(indices)` is the denoiser of samples of `shape` with these numbers, condition and guidance bound. `first`
+    gives the plan that must be beaten (default: `spectral` on `SpectralGrid`). Rungs start from its levels, and from
+    its coefficients in a family that has them: levels in closed form (plain families), levels from the paths of
+    `PATHS` noises, then levels and corrections by gradient on `tuning` noises from the best so far with a spectrum and
+    the best without. A rung is kept where it wins (see `refusal`) on `held_out` other noises over the first plan and
+    over the rungs below; `fresh` others measure what was chosen. `reference` (default: that of `auto`) gives the ends.
+    Raises InputError for budgets < 1, fewer than 2 noises, and a first plan of another budget.
     """
-    if not nfe or min(nfe) < 1 or max(nfe) > STEPS or min(tuning, held_out) < 2:
+    if not nfe or min(nfe) < 1 or max(nfe) > STEPS or min(tuning, held_out, fresh) < 2:
         raise InputError(
-            f"the ladder needs budgets of 1 to {STEPS} evaluations and at least 2 noises to tune on and 2 to hold out, "
-            f"got {tuple(nfe)}, {tuning} and {held_out}"
+            f"the ladder needs budgets of 1 to {STEPS} evaluations and at least 2 noises to tune on, 2 to hold out and "
+            f"2 fresh ones, got {tuple(nfe)}, {tuning}, {held_out} and {fresh}"
         )
-    begun, first, grid = time.monotonic(), schedule.level(1.0), SpectralGrid(spectrum)
-    tried = tried or families(spectrum)
-    reference = reference or spectral(spectrum, grid(schedule, 150)).run
-    sigma = float(first.sigma)
-    train, test = (
+    begun, grid = time.monotonic(), SpectralGrid(spectrum)
+    tried = families(spectrum) if tried is None else tried
+    first = first or (lambda n: spectral(spectrum, grid(schedule, n)))
+    reference = reference or accurate(schedule, max(nfe), spectrum).run
+    sigma = float(schedule.level(1.0).sigma)
+    train, test, new = (
         Ends.draw(bind, range(start, start + count), shape, reference, sigma, seed, dtype, device)
-        for start, count in ((0, tuning), (tuning, held_out))
+        for start, count in ((0, tuning), (tuning, held_out), (tuning + held_out, fresh))
     )
     few = train.part(range(min(PATHS, tuning)))
     paths = Paths.walk(few.bind(few.indices), sigma * few.noise, grid(schedule, STEPS), Spectral(spectrum.std**2))
-    ways = {}
-    for name, family in tried.items():
-        ways[name] = shortest(jump_costs(family, paths), max(nfe))
+    ways = {name: shortest(jump_costs(family, paths), max(nfe)) for name, family in tried.items()}
     results: dict[int, Result] = {}
     for n in nfe:
-        climbs = []
+        plan = first(n)
+        if plan.nfe != n:
+            raise InputError(f"the first plan of {n} evaluations has {plan.nfe}")
+        levels = levels_of(plan)
+        fits = _fits(schedule, levels)
+        climb = _Climb(plan, train, test, levels if fits else grid(schedule, n))
         for name, family in tried.items():
-            climb = _Climb(family, name, train, test, grid(schedule, n))
-            climb.attempt("start", climb.levels, None, 0.0)
+            corrections = family.corrections(plan) if fits else None
+            if corrections is not None:
+                climb.starts.append(Start(name, family, climb.levels, corrections, climb.rungs[0].tuned))
+            else:
+                climb.attempt(name, "levels", family, climb.levels, None)
             if family.spectrum is None:
                 clock = time.monotonic()
                 closed = tune_gaussian(family, schedule, n, spectrum, climb.levels)
-                climb.attempt("spectrum", closed.levels, None, time.monotonic() - clock)
-            climb.attempt("paths", tuple(paths.levels[i] for i in ways[name][n]), None, 0.0)
-            climbs.append(climb)
-        # gradients for the best in the data's directions and the best plain one: where they start says little about
-        # which of the two kinds will win
-        climbs.sort(key=lambda climb: climb.best.median if climb.best else 0.0)
-        kinds = {climb.family.spectrum is None: climb for climb in reversed(climbs)}
-        hopeful = list(kinds.values())
-        for climb in hopeful:
-            found = tune_coefficients(
-                climb.family,
-                train,
-                schedule,
-                climb.levels,
-                seconds=seconds / len(hopeful),
-                iterations=iterations,
-                save=save,
-            )
-            climb.attempt("gradient", found.levels, found.corrections, found.seconds)
-        start = next(climb for climb in climbs if climb.name == next(iter(tried)))
-        zero = start.rungs[0].held_out
-        fit = [climb for climb in climbs if climb.best is not None and (climb is start or wins(climb.best, zero))]
-        chosen = min(fit, key=lambda climb: climb.best.median if climb.best else 0.0)
-        assert chosen.best is not None
-        plan = chosen.family.plan(chosen.levels, chosen.corrections, f"{chosen.name}, tuned")
-        ordered = [climb for name in tried for climb in climbs if climb.name == name]
-        results[n] = Result(plan, tuple(rung for climb in ordered for rung in climb.rungs), zero, chosen.best)
+                climb.attempt(name, "spectrum", family, closed.levels, None, time.monotonic() - clock)
+            climb.attempt(name, "paths", family, tuple(paths.levels[i] for i in ways[name][n]), None)
+        _gradients(climb, schedule, seconds, iterations, save)
+        results[n] = _result(climb, new)
         if progress is not None:
             progress(str(results[n]))
     return Report(results, time.monotonic() - begun)
+
+
+def _fits(schedule: Schedule, levels: Levels) -> bool:
+    """Whether gradients can start from these levels."""
+    try:
+        Spacing.around(schedule, levels)
+    except InputError:
+        return False
+    return True
+
+
+def _gradients(climb: _Climb, schedule: Schedule, seconds: float, iterations: int, save: bool) -> None:
+    """The gradient rung: the best start of each kind, with a spectrum and without, then the better of the two."""
+    kinds: dict[bool, Start] = {}
+    for start in sorted(climb.starts, key=lambda start: start.tuned.median):
+        kinds.setdefault(start.family.spectrum is None, start)
+
+    def tuned(start: Start, part: float) -> tuple[Start, Tuned]:
+        found = tune_coefficients(
+            start.family,
+            climb.tuning,
+            schedule,
+            start.levels,
+            corrections=start.corrections,
+            seconds=part * seconds,
+            iterations=max(1, round(part * iterations)),
+            save=save,
+        )
+        return start._replace(levels=found.levels, corrections=found.corrections), found
+
+    probed = [tuned(start, PROBE) for start in kinds.values()]
+    best, before = min(probed, key=lambda pair: pair[1].after)
+    more, after = tuned(best, 1 - PROBE * len(probed))
+    spent = before.seconds + after.seconds
+    for start, found in probed:
+        if start is not best:
+            climb.attempt(start.name, "gradient", start.family, start.levels, start.corrections, found.seconds)
+    climb.attempt(more.name, "gradient", more.family, more.levels, more.corrections, spent)
+
+
+def _result(climb: _Climb, fresh: Ends) -> Result:
+    first, kept, level = climb.first, climb.kept, climb.levels[0]
+    start = fresh.errors(first.run, level)
+    if kept is None:
+        return Result(first, first, tuple(climb.rungs), start, start)
+    plan = kept.family.plan(kept.levels, kept.corrections, f"{kept.name}, tuned")
+    found = fresh.errors(plan.run, level)
+    return Result(plan, first, tuple(climb.rungs), start, found, kept.name, kept.levels, kept.corrections)
