@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.test_cli import put_model
-from undiffuse import Model, read_plan
+from undiffuse import Level, Model, read_plan
 from undiffuse.plans import plan_for
 from undiffuse.tuning import stock, tune_run
 
@@ -36,16 +36,20 @@ def test_plans_are_kept_and_sampled_by(tuned, run):
     assert "rows" not in facts["plan"]  # nothing was sought
 
 
+def errors(found, plan):
+    return found.report.fresh.errors(plan.run, Level(*plan.start))
+
+
 def test_figures_are_those_of_fresh_noise(tuned):
     folder, found = tuned
     facts = json.loads((folder / "tune-w2" / "report.json").read_text())
     assert set(facts["results"]) == {"2", "3"}
     for n, result in found.report.results.items():
         assert facts["results"][str(n)]["tuned"]["median"] == result.chosen.median
-        assert result.chosen == found.report.fresh.errors(result.plan)
-        assert result.start == found.report.fresh.errors(result.first)
+        assert result.chosen == errors(found, result.plan)
+        assert result.start == errors(found, result.first)
         assert result.chosen.median <= 1.1 * result.start.median
-    assert found.stock[2] == found.report.fresh.errors(stock(Model.load(folder).config, 2))
+    assert found.stock[2] == errors(found, stock(Model.load(folder).config, 2))
 
 
 def test_the_report_has_curves_pictures_and_rungs(tuned):

@@ -21,10 +21,12 @@ from undiffuse.data import Statistics
 from undiffuse.denoise import Denoiser
 from undiffuse.grid import Grid
 from undiffuse.guide import CFG, Guidance
+from undiffuse.modal import Modal
 from undiffuse.sample import State, sample
 from undiffuse.schedule import Schedule
 from undiffuse.solvers import Solver
 from undiffuse.spectrum import Spectrum
+from undiffuse.tableau import Tableau
 from undiffuse.train import Snapshots, commit, load_weights, verify, weights
 from undiffuse.tune import Choice, Report, auto, ladder
 from undiffuse.types import Denoise, InputError, Plan
@@ -258,7 +260,7 @@ class Model:
         nfe: Sequence[int],
         *,
         guidance: Guidance | float | None = None,
-        first: Callable[[int], Plan] | None = None,
+        first: Callable[[int], Tableau | Modal] | None = None,
         seconds: float = 120.0,
         seed: int = 0,
         progress: Callable[[str], None] | None = None,

@@ -12,13 +12,17 @@ from torch import Tensor
 
 from undiffuse import plot
 from undiffuse.config import Config
+from undiffuse.level import Level
+from undiffuse.modal import Modal
 from undiffuse.model import Model, run_folder
 from undiffuse.plans import TUNED, keep, own, plan_for, plan_name
 from undiffuse.solvers import DPMpp2M
-from undiffuse.tableau import trace
+from undiffuse.tableau import Tableau, trace
 from undiffuse.train import commit
 from undiffuse.tune import Errors, Report, reference
-from undiffuse.types import InputError, Plan
+from undiffuse.types import InputError
+
+Plan = Tableau | Modal
 
 SHOWN = 10  # pictures a row
 
@@ -35,7 +39,7 @@ class Tuned:
     @property
     def facts(self) -> dict[str, Any]:
         """The figures as plain data."""
-        rows = {}
+        rows: dict[int, dict[str, Any]] = {}
         for n, result in self.report.results.items():
             errors = {"stock": self.stock[n], "auto": result.start, "tuned": result.chosen}
             rows[n] = {"plan": result.plan.name, "file": str(self.plans[n])}
@@ -81,7 +85,9 @@ def tune_run(
     stocks = {n: stock(config, n) for n in nfe}
     name = plan_name(model, config, 0, labels).removeprefix("plan-0").removesuffix(".safetensors")
     page = folder / f"tune{name}" / "report.html"
-    found = Tuned(report, {n: report.fresh.errors(plan) for n, plan in stocks.items()}, plans, page)
+    found = Tuned(
+        report, {n: report.fresh.errors(plan.run, Level(*plan.start)) for n, plan in stocks.items()}, plans, page
+    )
     commit(page.parent, lambda aside: _write(found, used, stocks, guidance, aside))
     return found
 

@@ -27,12 +27,14 @@ from undiffuse.data import materialise, open_source, split  # noqa: E402
 from undiffuse.evals.classifier import load_classifier  # noqa: E402
 from undiffuse.evals.metrics import METRICS  # noqa: E402
 from undiffuse.grid import Grid, Karras, UniformLam, UniformT  # noqa: E402
-from undiffuse.modal import read_plan  # noqa: E402
+from undiffuse.level import Level  # noqa: E402
+from undiffuse.modal import Modal, read_plan  # noqa: E402
 from undiffuse.model import Model  # noqa: E402
 from undiffuse.solvers import IPNDM, DPMpp2M, Solver, UniPC  # noqa: E402
-from undiffuse.tableau import trace  # noqa: E402
+from undiffuse.tableau import Tableau, trace  # noqa: E402
 from undiffuse.tune import Ends, Report, reference  # noqa: E402
-from undiffuse.types import Plan  # noqa: E402
+
+Plan = Tableau | Modal
 
 CACHE = HERE / ".cache"
 MODELS, WEIGHTS, NFE, LATER = ("digits", "fashion"), (1.0, 2.0), (5, 6, 8, 10), 15
@@ -74,7 +76,7 @@ class Study:
                 lambda indices: m.bind(labels, len(indices), self.w), range(FIRST, FIRST + NOISES), m.shape, exact.run,
                 float(exact.start[1]), dtype=torch.float32, device=m.device,
             )  # fmt: skip
-        return dict(self.ends.errors(plan)._asdict())
+        return dict(self.ends.errors(plan.run, Level(*plan.start))._asdict())
 
     def stock(self, nfe: int) -> dict[str, Record]:
         """Errors of stock samplers."""

@@ -100,6 +100,10 @@ def endpoint(
 
     With `save` the evaluations are computed again in the backward pass, so that memory holds one at a time.
     """
+
+    def again(x: Tensor, level: Level) -> Tensor:
+        return denoise(x, Level(level.alpha, level.sigma))  # a level remembers its lam, which must be made again, too
+
     points, out = family.tables(levels, corrections)
     rows, n, shape = torch.cat([points, out[:, None]], 1).to(x.device), len(levels) - 1, x.shape
     frame = None if family.spectrum is None else Frame(family.spectrum, family.group, out, x)
@@ -116,7 +120,7 @@ def endpoint(
             point = back(frame, coordinates, levels[i].alpha).reshape(shape).to(x.dtype)
         if i == n:
             return point
-        x0 = checkpoint(denoise, point, levels[i], use_reentrant=False) if save else denoise(point, levels[i])
+        x0 = checkpoint(again, point, levels[i], use_reentrant=False) if save else denoise(point, levels[i])
         known.append(x0 if frame is None else frame.there(x0, 1.0))
     raise AssertionError("unreachable")
 
@@ -178,7 +182,8 @@ def tune_coefficients(
             raise _TimeOut
         x = endpoint(family, spacing.levels(place), change, denoise, spacing.first.sigma * ends.noise, save)
         loss = ends.relative(x).log().mean()
-        slopes, now = torch.autograd.grad(loss, free), loss.detach()
+        slopes = torch.autograd.grad(loss, free, materialize_grads=True)  # one step has no level to move
+        now = loss.detach()
         sound = all(bool(torch.isfinite(part).all()) for part in (now, *slopes))
         for parameter, slope in zip(free, slopes, strict=True):
             parameter.grad = slope if sound else torch.zeros_like(slope)

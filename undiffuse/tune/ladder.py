@@ -93,12 +93,13 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """`results` by number of evaluations, and the seconds spent in all.
+    """`results` by number of evaluations, the `fresh` noise on which they were measured, and the seconds spent in all.
 
     Errors are printed as median, RMS, 90th percentile and variance kept.
     """
 
-    results: dict[int, Result] = field(default_factory=dict)
+    results: dict[int, Result]
+    fresh: Ends
     seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -193,6 +194,8 @@ def ladder(
             f"the ladder needs budgets of 1 to {STEPS} evaluations and at least 2 noises to tune on, 2 to hold out and "
             f"2 fresh ones, got {tuple(nfe)}, {tuning}, {held_out} and {fresh}"
         )
+    if not (seconds > 0 and iterations > 0):
+        raise InputError(f"tuning needs seconds > 0 and iterations > 0, got {seconds} and {iterations}")
     begun, grid = time.monotonic(), SpectralGrid(spectrum)
     tried = families(spectrum) if tried is None else tried
     first = first or (lambda n: spectral(spectrum, grid(schedule, n)))
@@ -228,7 +231,7 @@ def ladder(
         results[n] = _result(climb, new)
         if progress is not None:
             progress(str(results[n]))
-    return Report(results, time.monotonic() - begun)
+    return Report(results, new, time.monotonic() - begun)
 
 
 def _fits(schedule: Schedule, levels: Levels) -> bool:
