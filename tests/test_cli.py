@@ -23,7 +23,7 @@ TINY = ["net.width=16", "train.steps=6", "train.batch=16", "train.every=3", "tra
 TINY += ["eval.every=0", "track=none"]
 
 
-NAMES = ("Sandal", "Bag", "T-shirt, top", "MU", "mu", *"abcde")
+NAMES = ("Sandal", "Bag", "T-shirt, top", "MU", "mu", "shirt", *"abcd")
 
 
 def train_tiny(out, *words):
@@ -68,7 +68,6 @@ def models(monkeypatch, tmp_path):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr("undiffuse.model.SHIPPED", folder)
-    monkeypatch.setattr("undiffuse.cli.SHIPPED", folder)
     return folder
 
 
@@ -352,7 +351,7 @@ def test_names_of_no_model_list_those_that_come_along(models, run, command, word
     assert find_run("glyph") is None
     code, _, err = run(command, "glyph", *words)
     assert code == 2
-    assert "run folder glyph does not exist: train one with `undiffuse train out=glyph`" in err
+    assert "run folder glyph does not exist: did you mean 'glyphs'? train one with `undiffuse train out=glyph`" in err
     assert "models that come along: glyphs, marks" in err
     assert err.count("\n") == 1
     Path("glyphs").mkdir()  # which is nearer than the model of that name
@@ -365,6 +364,26 @@ def test_names_of_no_model_list_those_that_come_along(models, run, command, word
     assert code == 2
     assert "marks has no finished model: run its training command again" in err
     assert not Path("shards").exists()
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("glyhps", "'glyphs'"),
+        ("MARKS", "'marks'"),
+        ("lettres", "'letters'"),
+        ("runs/leters", "'runs/letters'"),
+        ("zz", ""),
+    ],
+)
+def test_the_nearest_name_of_a_model_or_run_is_asked_about(models, run, command, name, hint):
+    Path("runs/letters").mkdir(parents=True)
+    Path("runs/letters/config.toml").touch()
+    code, _, err = run(command, name)
+    assert code == 2
+    assert (f": did you mean {hint}? train one with" in err) if hint else ("did you mean" not in err)
+    assert "  " not in err
 
 
 def test_info_tells_of_a_model_by_name_and_of_all_that_come_along(models, run):
@@ -424,6 +443,7 @@ def test_classes_are_named_in_small_letters_or_capitals_or_by_number(models, wor
         ("sandle", "no class is named 'sandle': did you mean 'Sandal'"),
         ("SANDLE", "no class is named 'SANDLE': did you mean 'Sandal'"),
         ("bag,sandle", "no class is named 'sandle'"),
+        ("t-shirt", "no class is named 't-shirt': did you mean 'T-shirt, top'"),
         ("10", "label 10 is out of range"),
         ("", "no class is named ''"),
     ],
@@ -469,7 +489,7 @@ def test_shards_of_another_average_are_other_shards(averaged, run, tmp_path):
     [
         (["sample", "PLAIN", "--ema", 0.1], "has no snapshots to rebuild an average from: train with train.snapshots"),
         (["evaluate", "PLAIN", "--ema", 0.1], "has no snapshots"),
-        (["sample", "glyphs", "--ema", 0.1], "has no snapshots"),
+        (["sample", "glyphs", "--ema", 0.1], "glyphs comes along with one set of weights, the average power, length"),
         (["sample", "AVERAGED", "--ema", 0], r"ema.length must be in (0, 0.2887]"),
         (["sample", "AVERAGED", "--ema", 0.3], "a share of the run, got 0.3"),
         (["sample", "AVERAGED", "--ema", "nan"], "got nan"),
@@ -496,6 +516,16 @@ def test_damaged_snapshots_are_refused_by_name(averaged, run, tmp_path):
     assert code == 2
     assert "step-3" in err
     assert "0.05.safetensors" in err
+
+
+def test_an_average_without_its_last_snapshot_is_refused(averaged, run, tmp_path):
+    """Rather than given for an earlier step."""
+    copy = tmp_path / "copy"
+    shutil.copytree(averaged, copy)
+    shutil.rmtree(copy / "averages" / "step-6")
+    code, _, err = run("sample", copy, "-n", 1, "--ema", 0.1, *FEW)
+    assert code == 2
+    assert re.search("step-6 is missing, the snapshot with which .* end .it has those of steps 3.: put it back", err)
 
 
 def test_a_rough_average_comes_with_a_warning(monkeypatch, averaged):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import inspect
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +36,7 @@ from undiffuse.train import (
     Engine,
     Plan,
 )
-from undiffuse.types import InputError
+from undiffuse.types import InputError, did_you_mean
 
 KINDS: dict[str, dict[str, Callable[..., Any]]] = {
     "schedule": SCHEDULES,
@@ -205,8 +204,7 @@ def fields(kind: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def _nearest(word: str, words: Sequence[str], what: str) -> str:
-    near = difflib.get_close_matches(word, words, 1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"{what}: {', '.join(sorted(words)) or 'none'}"
+    return did_you_mean(word, words) or f"{what}: {', '.join(sorted(words)) or 'none'}"
 
 
 def _check(where: str, kind: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
