@@ -316,6 +316,7 @@ def test_optimisers_train_apart(tmp_path):
         (lambda: AdamW(betas=(0.9, 1.0)), "optimiser.betas"),
         (lambda: AdamW(betas=(0.9,)), "optimiser.betas"),
         (lambda: AdamW(eps=0.0), "optimiser.eps"),
+        (lambda: AdamW(eps=1e300), "optimiser.eps"),
         (lambda: Muon(betas=(-0.1, 0.9)), "optimiser.betas"),
         (lambda: Muon(eps=math.inf), "optimiser.eps"),
         (lambda: Muon(momentum=1.0), "optimiser.momentum"),

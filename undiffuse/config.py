@@ -207,6 +207,15 @@ def _nearest(word: str, words: Sequence[str], what: str) -> str:
     return did_you_mean(word, words) or f"{what}: {', '.join(sorted(words)) or 'none'}"
 
 
+def _elsewhere(where: str, key: str, kind: Callable[..., Any], known: Sequence[str]) -> str:
+    """What to say of a setting that this kind of a family lacks."""
+    kinds = KINDS.get(where, {})
+    if not (owners := [name for name, other in kinds.items() if key in fields(other)]):
+        return _nearest(key, known, f"{where} takes")
+    (own,) = [name for name, other in kinds.items() if other is kind]
+    return f"it belongs to {where}={' or '.join(owners)}, and {where}={own} takes {', '.join(sorted(known)) or 'none'}"
+
+
 def _check(where: str, kind: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The given settings of a kind, validated and complete."""
     known = fields(kind)
@@ -214,12 +223,17 @@ def _check(where: str, kind: Callable[..., Any], given: Mapping[str, Any]) -> di
         if key in FROM_DATA and kind in NETS.values() and key in inspect.signature(kind).parameters:
             raise InputError(f"{where}.{key} follows from the data and cannot be set")
         if key not in known:
-            raise InputError(f"unknown key {where}.{key}: {_nearest(key, list(known), f'{where} takes')}")
+            raise InputError(f"unknown key {where}.{key}: {_elsewhere(where, key, kind, list(known))}")
     schema: Any = pydantic.create_model("Settings", **known)  # type: ignore[call-overload]
     try:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in schema(**given)}
     except pydantic.ValidationError as error:
         first = error.errors()[0]
+        name = str(first["loc"][0])
+        annotation, default = known[name]
+        if get_origin(annotation) in (tuple, list, Sequence) and name in given:
+            example = f", such as {list(default)}" if default not in (..., ()) else ""
+            raise InputError(f"{where}.{name} is a list{example}; got {given[name]!r}") from error
         key = ".".join([where, *(str(part) for part in first["loc"])])
         raise InputError(f"{key}: {first['msg'].lower()}, got {first.get('input')!r}") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from undiffuse.train.checkpoint import is_shard, whole_like
 from undiffuse.train.processes import parts
-from undiffuse.types import InputError
+from undiffuse.types import InputError, require
 
 
 class OptimiserKind(Protocol):
@@ -24,17 +23,16 @@ class OptimiserKind(Protocol):
 
 
 def _check_moments(betas: tuple[float, float], eps: float) -> None:
-    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-        raise InputError(f"optimiser.betas must be two numbers in [0, 1), got {betas}")
-    if not 0 < eps < math.inf:
-        raise InputError(f"optimiser.eps must be > 0 and finite, got {eps}")
+    fine = len(betas) == 2 and all(0 <= b < 1 for b in betas)
+    require(fine, "optimiser.betas", betas, "two numbers in [0, 1)")
+    require(0 < eps <= 1, "optimiser.eps", eps, "above 0 and at most 1")
 
 
 @dataclass(frozen=True)
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101), of all parameters.
 
-    `betas` in [0, 1) are the decays of the gradient's first and second moments, `eps` > 0 is added to its root.
+    `betas` in [0, 1) are the decays of the gradient's first and second moments, `eps` in (0, 1] is added to its root.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -70,12 +68,10 @@ class Muon:
 
     def __post_init__(self) -> None:
         _check_moments(self.betas, self.eps)
-        if not 0 <= self.momentum < 1:
-            raise InputError(f"optimiser.momentum must be in [0, 1), got {self.momentum}")
-        if not 1 <= self.ns_steps < 100:
-            raise InputError(f"optimiser.ns_steps must be from 1 to 99, got {self.ns_steps}")
-        if self.adjust_lr_fn not in ("match_rms_adamw", "original"):
-            raise InputError(f"optimiser.adjust_lr_fn must be match_rms_adamw or original, got {self.adjust_lr_fn!r}")
+        require(0 <= self.momentum < 1, "optimiser.momentum", self.momentum, "in [0, 1)")
+        require(1 <= self.ns_steps < 100, "optimiser.ns_steps", self.ns_steps, "from 1 to 99")
+        known = ("match_rms_adamw", "original")
+        require(self.adjust_lr_fn in known, "optimiser.adjust_lr_fn", repr(self.adjust_lr_fn), " or ".join(known))
 
     def __call__(self, module: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         parameters = list(module.parameters())
