@@ -18,6 +18,7 @@ from undiffuse import DPMpp2M, Model, Spectrum, cli, trace
 from undiffuse.config import Config
 from undiffuse.data import load_data
 from undiffuse.model import assemble, find_run, shipped
+from undiffuse.train.track import PACKAGES
 
 TINY = ["net.width=16", "train.steps=6", "train.batch=16", "train.every=3", "train.warmup=0"]
 TINY += ["eval.every=0", "track=none"]
@@ -137,6 +138,49 @@ def test_dry_run_prints_the_resolved_configuration_and_writes_nothing(run, tmp_p
         assert code == 0
         assert json.loads(text)["net"]["width"] == 48
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["net.patch=0"], "UNet needs whole numbers"),
+        (["net=dit", "net.depth=0"], "DiT needs whole numbers"),
+        (["head=eps", "schedule=cosine"], "the Eps head cannot be trained"),
+        (["variance=vlb"], "choose levels=uniform-time with levels.t_min=0.0004"),
+        (["variance=hybrid", "schedule=iddpm", "schedule.T=4000", "variance.steps=30"], "(schedule.T), got 30"),
+        (["head=eps", "variance=hybrid", "schedule=flow"], "the Eps head cannot be trained"),
+        (["train.lr=1e300"], "train.lr = 1e+300 is out of range"),
+        (["data=none.npz"], "does not exist"),
+        (["held_out=1797"], "cannot hold out"),
+        (["data=signals.npy", "augment=flip"], "augmentation takes only pictures"),
+        (["data.flip=true", "augment=flip"], "mirrors every second picture without telling the network"),
+        (["data.flip=true", "augment=geometric"], "augment=geometric is there to prevent"),
+        (["engine.sharding=fsdp"], "Muon needs whole matrices, and FSDP shards them: use AdamW (optimiser=adamw)"),
+        (["engine.sharding=fsdp", "optimiser=adamw", "train.precision=fp16"], "fp16 cannot be sharded"),
+        (["engine.device=cuda"], "no CUDA device here"),
+        (["track=trackio"], "track=trackio needs a package"),
+    ],
+)
+@pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry", "wet"])
+def test_a_dry_run_refuses_what_training_refuses(words, says, dry, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setitem(PACKAGES, "trackio", "no_such_package")
+    np.save("signals.npy", np.random.default_rng(0).normal(size=(20, 1, 8)).astype("float32"))
+    code, out, err = run("train", *dry, "out=OUT", "net.width=16", *words)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["signals.npy"]
+
+
+@pytest.mark.parametrize(
+    "words", [["data.flip=true"], ["data.flip=true", "augment=geometric", "augment.x_flip=false"], ["train.batch=auto"]]
+)
+def test_a_dry_run_says_yes_to_what_is_lawful(words, run, tmp_path):
+    code, _, err = run("train", "--dry-run", f"out={tmp_path / 'OUT'}", "net.width=16", *words)
+    assert code == 0, err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_toml_file_is_a_layer_below_the_words(run, tmp_path):

@@ -37,7 +37,7 @@ from undiffuse.data.source import digest
 from undiffuse.denoise import Counter
 from undiffuse.evaluation import report
 from undiffuse.evaluation.open import data_of_run, data_of_samples
-from undiffuse.fit import fit
+from undiffuse.fit import check, fit
 from undiffuse.guide import CFG
 from undiffuse.model import Model, comes_along, find_run, nearest_run, run_folder, shipped
 from undiffuse.tableau import Tableau
@@ -182,9 +182,11 @@ def train(
     """
     layers = [Config.read(config)] if config else []
     resolved = Config.resolve(*layers, parse_overrides(overrides or []))
-    if dry_run:
-        return _dry(resolved, as_json)
     processes = Processes.start(resolved.section("engine").device)
+    if dry_run:
+        check(resolved, processes)
+        processes.end()
+        return _dry(resolved, as_json) if processes.main else None
     started = time.perf_counter()
     last: list[TrainState] = []
     first: list[int] = []

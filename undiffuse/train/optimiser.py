@@ -76,12 +76,37 @@ class Muon:
     def __call__(self, module: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         parameters = list(module.parameters())
         if any(is_shard(p) for p in parameters):
-            raise InputError("muon needs whole matrices, and FSDP shards them: use optimiser=adamw, or sharding=ddp")
+            check_sharded(self)
         inside = {p for part in parts(module) for p in part.parameters() if p.ndim >= 2}
         hidden = [p for p in parameters if p in inside]
         if not hidden:
-            raise InputError("muon found no matrices in this network's ModuleLists: use optimiser=adamw")
+            raise InputError("Muon found no matrices in this network's ModuleLists: use AdamW (optimiser=adamw)")
         return _Muon(hidden, [p for p in parameters if p not in inside], lr, weight_decay, self)
+
+
+def check_sharded(optimiser: OptimiserKind, precision: str = "float32") -> None:
+    """InputError for what cannot train shards of parameters (FSDP)."""
+    if isinstance(optimiser, Muon):
+        raise InputError(
+            "Muon needs whole matrices, and FSDP shards them: use AdamW (optimiser=adamw), or engine.sharding=ddp"
+        )
+    if precision == "fp16":
+        raise InputError("train.precision=fp16 cannot be sharded: use bf16, or engine.sharding=ddp")
+
+
+def made(kind: OptimiserKind, module: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """The optimiser that `kind` makes; InputError for what makes none."""
+    expected = (
+        f"optimiser = {kind!r} makes no optimiser: expected AdamW(), Muon(), or a function of (module, lr, "
+        "weight_decay) such as lambda module, lr, weight_decay: torch.optim.Adam(module.parameters(), lr)"
+    )
+    try:
+        optimiser = kind(module, lr, weight_decay)
+    except TypeError as error:  # most often a class of torch.optim, or an optimiser itself
+        raise InputError(f"{expected} ({error})") from error
+    if not isinstance(optimiser, torch.optim.Optimizer):
+        raise InputError(expected)
+    return optimiser
 
 
 Scheduler = Callable[[torch.optim.Optimizer], LRScheduler]
@@ -145,13 +170,16 @@ def scheduled(make: Scheduler, optimiser: torch.optim.Optimizer, steps: int = 0)
     """torch's scheduler on a new `optimiser`, as it is after `steps` steps: it takes them again, so rates and momenta
     are those of a run that did not stop, for every scheduler that is a function of the step alone.
 
-    Raises InputError for what is not: `ReduceLROnPlateau`.
+    Raises InputError for what is not, `ReduceLROnPlateau`, and for what torch says of it.
 
     >>> optimiser = AdamW()(nn.Linear(2, 2), 0.1, 0.0)
     >>> scheduled(lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5), optimiser, 2).get_last_lr()
     [0.025]
     """
-    scheduler = make(optimiser)
+    try:
+        scheduler = make(optimiser)
+    except Exception as error:  # torch raises errors of any kind
+        raise InputError(f"scheduler cannot be made for this optimiser: {error}") from error
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
         raise InputError(
             f"scheduler makes a {type(scheduler).__name__}: expected a scheduler of torch.optim.lr_scheduler whose "
@@ -159,6 +187,16 @@ def scheduled(make: Scheduler, optimiser: torch.optim.Optimizer, steps: int = 0)
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # before the optimiser's
-        for _ in range(steps):
-            scheduler.step()
+        for step in range(1, steps + 1):
+            advance(scheduler, step)
     return scheduler
+
+
+def advance(scheduler: LRScheduler, step: int) -> None:
+    """Let the scheduler take step 1, 2, ...; InputError where it cannot."""
+    try:
+        scheduler.step()
+    except ValueError as error:  # as OneCycleLR after its last
+        raise InputError(
+            f"scheduler fails in step {step}; it must last for all of the plan's steps: {error}"
+        ) from error
