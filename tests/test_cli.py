@@ -110,6 +110,15 @@ def test_sample_writes_a_picture_and_says_what_it_cost(trained, run, tmp_path):
     assert (trained / "samples" / "seed0-1-dpmpp-2m-2-w1.5.png").is_file()
 
 
+def test_where_samples_go_is_checked_before_they_are_made(trained, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(Model, "sample", None)
+    monkeypatch.setattr("undiffuse.cli.os.access", lambda path, mode: False)
+    code, _, err = run("sample", trained, "--out", tmp_path / "new" / "x.png")
+    assert code == 2
+    assert f"there is no permission to write to {tmp_path}" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_samples_are_the_same_whatever_the_batch(trained, run, tmp_path):
     for name, batch in [("a", 10), ("b", 10), ("c", 3)]:
         run("sample", trained, "--label", 3, "--out", tmp_path / f"{name}.npy", "sample.n=10", f"sample.batch={batch}")
@@ -200,7 +209,7 @@ def test_a_toml_file_is_a_layer_below_the_words(run, tmp_path):
         (["train", "head=eps", "schedule=cosine", "out=OUT"], "ends in pure noise"),
         (["train", "out=OUT", "train.batch=0"], "train.batch"),
         (["train", "out=OUT", "net.attention=[3]"], "attention names levels"),
-        (["train", "out=OUT", "held_out=1797"], "cannot hold out"),
+        (["train", "out=OUT", "held_out=1796"], "cannot hold out 1796 of 1797 samples: at least 2"),
         (["train", "--config", "none.toml"], "does not exist"),
         (["sample", "OUT"], "does not exist: train one with"),
         (["sample", "RUN", "--label", "11"], "label 11 is out of range"),
@@ -210,6 +219,7 @@ def test_a_toml_file_is_a_layer_below_the_words(run, tmp_path):
         (["sample", "RUN", "sample.n=-4"], "sample.n must be >= 1"),
         (["sample", "RUN", "sampel.n=4"], "did you mean 'sample'"),
         (["sample", "RUN", "--out", "x.jpg"], "written as .png or .npy"),
+        (["sample", "RUN", "--out", "RUN/config.toml/x.png"], "config.toml is a file, not a folder"),
         (["sample"], "Missing argument"),
         (["simple"], "No such command"),
         (["info", "nowhere"], "does not exist"),

@@ -100,7 +100,7 @@ def test_the_heads_sigma_data_is_measured_unless_stated():
         (["seed=x"], "seed must be a int|seed must be"),
         (["guidance.w=nan"], "finite number"),
         (["schedule=vp", "schedule.beta_min=30"], "beta_min < beta_max"),
-        (["held_out=0"], "held_out must be >= 1"),
+        (["held_out=1"], "held_out must be >= 2 samples, got 1"),
         (["net"], "'net' is not an override"),
         (["=3"], "not an override"),
         (["solver=ddim", "solver.eta.x=1"], "solver.eta"),

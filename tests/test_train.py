@@ -745,6 +745,12 @@ def settle(tmp_path, x, **layers):
     return Config.resolve(base, {"track": "none", "eval": {"every": 0}}, layers)
 
 
+def test_four_samples_are_enough(tmp_path):
+    x = np.random.default_rng(0).normal(size=(4, 1, 4, 4)).astype("float32")
+    fitted = fit(settle(tmp_path, x, eval={"every": 2}))
+    assert (len(fitted.train), len(fitted.held_out)) == (2, 2)
+
+
 def test_unlabelled_data_in_one_dimension(tmp_path):
     x = np.random.default_rng(0).normal(size=(20, 2, 9)).astype("float32")
     fitted = fit(settle(tmp_path, x))
@@ -765,10 +771,11 @@ def test_unlabelled_data_in_one_dimension(tmp_path):
     [
         (lambda x: np.full_like(x, np.inf), "no sample can be read; .*NaN or infinite"),
         (lambda x: np.full_like(x, 0.1), "all samples are the same"),
-        (lambda x: x[:1], "cannot hold out 0 of 1"),
-        (lambda x: x[:3], "cannot hold out 0 of 3"),
+        (lambda x: x[:1], "cannot hold out 2 of 1"),
+        (lambda x: x[:2], "cannot hold out 2 of 2 samples: at least 2 are needed to measure by, and 2 to train on"),
+        (lambda x: x[:3], "cannot hold out 2 of 3"),
     ],
-    ids=["inf", "constant", "one", "three"],
+    ids=["inf", "constant", "one", "two", "three"],
 )
 def test_data_that_cannot_be_learned_from_is_refused_and_leaves_nothing(tmp_path, spoil, why):
     x = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype("float32")
@@ -799,7 +806,7 @@ def test_heads_that_cannot_start_in_pure_noise_are_refused_and_leave_nothing(tmp
 
 def test_a_run_that_diverges_stops_and_makes_no_model(tmp_path):
     x = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype("float32")
-    config = settle(tmp_path, x, train={"steps": 50, "lr": 1e38, "warmup": 0, "every": 1})
+    config = settle(tmp_path, x, train={"steps": 50, "lr": 1e30, "warmup": 0, "every": 1})
     for _ in range(2):
         with pytest.raises(NonFinite, match="step"):
             fit(config)

@@ -270,6 +270,7 @@ def sample(
         out = out.with_suffix(".npy")
     if out.suffix not in (".png", ".npy"):
         raise InputError(f"samples are written as .png or .npy, or into a folder as shards; got {out.name}")
+    _writable(out)
     counter, guide = Counter(model.denoiser), CFG() if labels is None else config.build("guidance")
 
     def guidance(denoise: Any, cond: Any) -> Any:
@@ -313,6 +314,15 @@ def _own_folder(run: str | Path, what: str) -> Path:
     """Where a run's files go unless it is said; what comes with the package is not written to."""
     found = run_folder(run)
     return Path(what) / found.name if comes_along(found) else found / what
+
+
+def _writable(file: Path) -> None:
+    """InputError for a file that could not be written, before it is known what goes into it."""
+    path = next(path for path in (file.absolute(), *file.absolute().parents) if path.exists())
+    if path != file.absolute() and not path.is_dir():
+        raise InputError(f"{file} cannot be written: {path} is a file, not a folder")
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{file} cannot be written: there is no permission to write to {path}")
 
 
 def _number(number: int | None, layer: dict[str, Any]) -> int | None:

@@ -291,8 +291,8 @@ class Config:
             )
         if not -(2**63) <= values["seed"] < 2**63:
             raise InputError(f"seed must be a 64-bit number, got {values['seed']}")
-        if values["held_out"] < 1:
-            raise InputError(f"held_out must be >= 1 sample, got {values['held_out']}")
+        if values["held_out"] < 2:
+            raise InputError(f"held_out must be >= 2 samples, got {values['held_out']}")
         config = Config(values, frozenset(stated))
         for family in KINDS.keys() - {"net"}:
             config.build(family)
