@@ -153,6 +153,7 @@ def test_dry_run_prints_the_resolved_configuration_and_writes_nothing(run, tmp_p
     ("words", "says"),
     [
         (["net.patch=0"], "UNet needs whole numbers"),
+        (["net.width=10000000"], "this network does not fit in memory: {'kind': 'unet', 'width': 10000000"),
         (["net=dit", "net.depth=0"], "DiT needs whole numbers"),
         (["head=eps", "schedule=cosine"], "the Eps head cannot be trained"),
         (["variance=vlb"], "choose levels=uniform-time with levels.t_min=0.0004"),

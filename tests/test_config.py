@@ -97,7 +97,7 @@ def test_the_heads_sigma_data_is_measured_unless_stated():
         (["ema=classic", "ema.length=0.1"], "key ema.length: it belongs to ema=power, and ema=classic takes decay"),
         (["train=5"], "train needs settings"),
         (["sample.steps=0"], "sample.steps must be >= 1"),
-        (["seed=x"], "seed must be a int|seed must be"),
+        (["seed=x"], "seed must be a whole number, got 'x'"),
         (["guidance.w=nan"], "finite number"),
         (["schedule=vp", "schedule.beta_min=30"], "beta_min < beta_max"),
         (["held_out=1"], "held_out must be >= 2 samples, got 1"),

@@ -272,7 +272,8 @@ class Config:
                     stated |= {f"{key}.{name}" for name in value}
                 else:
                     if type(value) is not type(DEFAULTS[key]):
-                        raise InputError(f"{key} must be a {type(DEFAULTS[key]).__name__}, got {value!r}")
+                        wanted = "a whole number" if isinstance(DEFAULTS[key], int) else "text"
+                        raise InputError(f"{key} must be {wanted}, got {value!r}")
                     values[key] = value
                     stated.add(key)
         for family, kinds in KINDS.items():

@@ -160,9 +160,13 @@ def _built(config: Config, data: RunData, spectrum: Spectrum) -> tuple[Model, Ob
     """The untrained model, what trains it, and its averages; InputError for what cannot be trained together."""
     plan, engine, augment = config.section("train"), config.section("engine"), config.build("augment")
     torch.manual_seed(config.values["seed"])
-    model = replace(
-        assemble(config, spectrum, data.classes), names=tuple(data.source.classes), scale=data.prepare.statistics
-    )
+    try:
+        model = assemble(config, spectrum, data.classes)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError(f"this network does not fit in memory: {config.values['net']}; make it smaller") from error
+    model = replace(model, names=tuple(data.source.classes), scale=data.prepare.statistics)
     objective = objective_of(config, spectrum.std)
     objective.check(model.denoiser)
     if engine.sharding == "fsdp":

@@ -182,7 +182,7 @@ def scheduled(make: Scheduler, optimiser: torch.optim.Optimizer, steps: int = 0)
         raise InputError(f"scheduler cannot be made for this optimiser: {error}") from error
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
         raise InputError(
-            f"scheduler makes a {type(scheduler).__name__}: expected a scheduler of torch.optim.lr_scheduler whose "
+            f"scheduler makes {type(scheduler).__name__}: expected a scheduler of torch.optim.lr_scheduler whose "
             "step() needs no measurement, such as OneCycleLR"
         )
     with warnings.catch_warnings():
