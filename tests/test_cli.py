@@ -18,12 +18,13 @@ from undiffuse import DPMpp2M, Model, Spectrum, cli, trace
 from undiffuse.config import Config
 from undiffuse.data import load_data
 from undiffuse.model import assemble, find_run, shipped
+from undiffuse.train.track import PACKAGES
 
 TINY = ["net.width=16", "train.steps=6", "train.batch=16", "train.every=3", "train.warmup=0"]
 TINY += ["eval.every=0", "track=none"]
 
 
-NAMES = ("Sandal", "Bag", "T-shirt, top", "MU", "mu", *"abcde")
+NAMES = ("Sandal", "Bag", "T-shirt, top", "MU", "mu", "shirt", *"abcd")
 
 
 def train_tiny(out, *words):
@@ -68,7 +69,6 @@ def models(monkeypatch, tmp_path):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr("undiffuse.model.SHIPPED", folder)
-    monkeypatch.setattr("undiffuse.cli.SHIPPED", folder)
     return folder
 
 
@@ -110,6 +110,15 @@ def test_sample_writes_a_picture_and_says_what_it_cost(trained, run, tmp_path):
     assert (trained / "samples" / "seed0-1-dpmpp-2m-2-w1.5.png").is_file()
 
 
+def test_where_samples_go_is_checked_before_they_are_made(trained, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(Model, "sample", None)
+    monkeypatch.setattr("undiffuse.cli.os.access", lambda path, mode: False)
+    code, _, err = run("sample", trained, "--out", tmp_path / "new" / "x.png")
+    assert code == 2
+    assert f"there is no permission to write to {tmp_path}" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_samples_are_the_same_whatever_the_batch(trained, run, tmp_path):
     for name, batch in [("a", 10), ("b", 10), ("c", 3)]:
         run("sample", trained, "--label", 3, "--out", tmp_path / f"{name}.npy", "sample.n=10", f"sample.batch={batch}")
@@ -140,6 +149,50 @@ def test_dry_run_prints_the_resolved_configuration_and_writes_nothing(run, tmp_p
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["net.patch=0"], "UNet needs whole numbers"),
+        (["net.width=10000000"], "this network does not fit in memory: {'kind': 'unet', 'width': 10000000"),
+        (["net=dit", "net.depth=0"], "DiT needs whole numbers"),
+        (["head=eps", "schedule=cosine"], "the Eps head cannot be trained"),
+        (["variance=vlb"], "choose levels=uniform-time with levels.t_min=0.0004"),
+        (["variance=hybrid", "schedule=iddpm", "schedule.T=4000", "variance.steps=30"], "(schedule.T), got 30"),
+        (["head=eps", "variance=hybrid", "schedule=flow"], "the Eps head cannot be trained"),
+        (["train.lr=1e300"], "train.lr = 1e+300 is out of range"),
+        (["data=none.npz"], "does not exist"),
+        (["held_out=1797"], "cannot hold out"),
+        (["data=signals.npy", "augment=flip"], "augmentation takes only pictures"),
+        (["data.flip=true", "augment=flip"], "mirrors every second picture without telling the network"),
+        (["data.flip=true", "augment=geometric"], "augment=geometric is there to prevent"),
+        (["engine.sharding=fsdp"], "Muon needs whole matrices, and FSDP shards them: use AdamW (optimiser=adamw)"),
+        (["engine.sharding=fsdp", "optimiser=adamw", "train.precision=fp16"], "fp16 cannot be sharded"),
+        (["engine.device=cuda"], "no CUDA device here"),
+        (["track=trackio"], "track=trackio needs a package"),
+    ],
+)
+@pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry", "wet"])
+def test_a_dry_run_refuses_what_training_refuses(words, says, dry, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setitem(PACKAGES, "trackio", "no_such_package")
+    np.save("signals.npy", np.random.default_rng(0).normal(size=(20, 1, 8)).astype("float32"))
+    code, out, err = run("train", *dry, "out=OUT", "net.width=16", *words)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["signals.npy"]
+
+
+@pytest.mark.parametrize(
+    "words", [["data.flip=true"], ["data.flip=true", "augment=geometric", "augment.x_flip=false"], ["train.batch=auto"]]
+)
+def test_a_dry_run_says_yes_to_what_is_lawful(words, run, tmp_path):
+    code, _, err = run("train", "--dry-run", f"out={tmp_path / 'OUT'}", "net.width=16", *words)
+    assert code == 0, err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_toml_file_is_a_layer_below_the_words(run, tmp_path):
     (tmp_path / "c.toml").write_text("seed = 5\n[net]\nwidth = 32\n")
     code, text, _ = run("train", "--config", tmp_path / "c.toml", "net.width=40", "--dry-run", "--json")
@@ -157,7 +210,7 @@ def test_a_toml_file_is_a_layer_below_the_words(run, tmp_path):
         (["train", "head=eps", "schedule=cosine", "out=OUT"], "ends in pure noise"),
         (["train", "out=OUT", "train.batch=0"], "train.batch"),
         (["train", "out=OUT", "net.attention=[3]"], "attention names levels"),
-        (["train", "out=OUT", "held_out=1797"], "cannot hold out"),
+        (["train", "out=OUT", "held_out=1796"], "cannot hold out 1796 of 1797 samples: at least 2"),
         (["train", "--config", "none.toml"], "does not exist"),
         (["sample", "OUT"], "does not exist: train one with"),
         (["sample", "RUN", "--label", "11"], "label 11 is out of range"),
@@ -167,6 +220,7 @@ def test_a_toml_file_is_a_layer_below_the_words(run, tmp_path):
         (["sample", "RUN", "sample.n=-4"], "sample.n must be >= 1"),
         (["sample", "RUN", "sampel.n=4"], "did you mean 'sample'"),
         (["sample", "RUN", "--out", "x.jpg"], "written as .png or .npy"),
+        (["sample", "RUN", "--out", "RUN/config.toml/x.png"], "config.toml is a file, not a folder"),
         (["sample"], "Missing argument"),
         (["simple"], "No such command"),
         (["info", "nowhere"], "does not exist"),
@@ -352,7 +406,7 @@ def test_names_of_no_model_list_those_that_come_along(models, run, command, word
     assert find_run("glyph") is None
     code, _, err = run(command, "glyph", *words)
     assert code == 2
-    assert "run folder glyph does not exist: train one with `undiffuse train out=glyph`" in err
+    assert "run folder glyph does not exist: did you mean 'glyphs'? train one with `undiffuse train out=glyph`" in err
     assert "models that come along: glyphs, marks" in err
     assert err.count("\n") == 1
     Path("glyphs").mkdir()  # which is nearer than the model of that name
@@ -365,6 +419,26 @@ def test_names_of_no_model_list_those_that_come_along(models, run, command, word
     assert code == 2
     assert "marks has no finished model: run its training command again" in err
     assert not Path("shards").exists()
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("glyhps", "'glyphs'"),
+        ("MARKS", "'marks'"),
+        ("lettres", "'letters'"),
+        ("runs/leters", "'runs/letters'"),
+        ("zz", ""),
+    ],
+)
+def test_the_nearest_name_of_a_model_or_run_is_asked_about(models, run, command, name, hint):
+    Path("runs/letters").mkdir(parents=True)
+    Path("runs/letters/config.toml").touch()
+    code, _, err = run(command, name)
+    assert code == 2
+    assert (f": did you mean {hint}? train one with" in err) if hint else ("did you mean" not in err)
+    assert "  " not in err
 
 
 def test_info_tells_of_a_model_by_name_and_of_all_that_come_along(models, run):
@@ -424,6 +498,7 @@ def test_classes_are_named_in_small_letters_or_capitals_or_by_number(models, wor
         ("sandle", "no class is named 'sandle': did you mean 'Sandal'"),
         ("SANDLE", "no class is named 'SANDLE': did you mean 'Sandal'"),
         ("bag,sandle", "no class is named 'sandle'"),
+        ("t-shirt", "no class is named 't-shirt': did you mean 'T-shirt, top'"),
         ("10", "label 10 is out of range"),
         ("", "no class is named ''"),
     ],
@@ -469,7 +544,7 @@ def test_shards_of_another_average_are_other_shards(averaged, run, tmp_path):
     [
         (["sample", "PLAIN", "--ema", 0.1], "has no snapshots to rebuild an average from: train with train.snapshots"),
         (["evaluate", "PLAIN", "--ema", 0.1], "has no snapshots"),
-        (["sample", "glyphs", "--ema", 0.1], "has no snapshots"),
+        (["sample", "glyphs", "--ema", 0.1], "glyphs comes along with one set of weights, the average power, length"),
         (["sample", "AVERAGED", "--ema", 0], r"ema.length must be in (0, 0.2887]"),
         (["sample", "AVERAGED", "--ema", 0.3], "a share of the run, got 0.3"),
         (["sample", "AVERAGED", "--ema", "nan"], "got nan"),
@@ -496,6 +571,16 @@ def test_damaged_snapshots_are_refused_by_name(averaged, run, tmp_path):
     assert code == 2
     assert "step-3" in err
     assert "0.05.safetensors" in err
+
+
+def test_an_average_without_its_last_snapshot_is_refused(averaged, run, tmp_path):
+    """Rather than given for an earlier step."""
+    copy = tmp_path / "copy"
+    shutil.copytree(averaged, copy)
+    shutil.rmtree(copy / "averages" / "step-6")
+    code, _, err = run("sample", copy, "-n", 1, "--ema", 0.1, *FEW)
+    assert code == 2
+    assert re.search("step-6 is missing, the snapshot with which .* end .it has those of steps 3.: put it back", err)
 
 
 def test_a_rough_average_comes_with_a_warning(monkeypatch, averaged):

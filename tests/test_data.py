@@ -61,7 +61,7 @@ def test_split_without_labels_has_none():
     assert all(part.labels is None and part.classes == 0 for part in Data(torch.zeros(5, 1, 2)).split(2))
 
 
-@pytest.mark.parametrize("held_out", [0, -1, 50, 51])
+@pytest.mark.parametrize("held_out", [0, 1, -1, 49, 50, 51])
 def test_impossible_splits_are_refused(held_out):
     with pytest.raises(InputError, match=f"cannot hold out {held_out} of 50"):
         numbered().split(held_out)

@@ -237,7 +237,14 @@ def test_two_processes_draw_what_one_does():
         assert first[step][2] == pytest.approx(lam, abs=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"bins": 0}, {"floor": 0.0}, {"floor": 1.1}, {"floor": math.nan}, {"memory": 0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"bins": bad} for bad in (0, 100_000_000)),
+        *({"floor": bad} for bad in (0.0, 1.1, math.nan)),
+        *({"memory": bad} for bad in (0, 10**9)),
+    ],
+)
 def test_settings_out_of_range_are_refused(settings):
     name, value = next(iter(settings.items()))
     with pytest.raises(InputError, match=rf"draws\.{name} must be .*, got {value}"):

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,6 +241,18 @@ def test_the_error_is_that_of_the_steps_weights_and_falls_with_more_snapshots(tm
     assert found[16] < found[4] / 4
     with pytest.raises(InputError, match=r"16 snapshots of lengths 0\.05, 0\.1 .* 0\.005: the nearest differs by"):
         kept.average(0.005)
+
+
+def test_the_lengths_that_16_snapshots_give_are_those_that_are_told():
+    """0.03 to 0.2 to within 5 %, 0.02 to 0.25 to within the 15 % above which they are refused."""
+    n, missed = 1600, lambda length: rebuild(stored, n, length).error
+    stored = [(t, s) for t in range(100, n + 1, 100) for s in (0.05, 0.10)]
+    assert max(missed(length) for length in (0.03, 0.04, 0.07, 0.15, 0.2)) < 0.05 < min(missed(0.025), missed(0.24))
+    assert missed(0.25) < 0.15 < missed(0.28)
+    told = r"0\.03\s+to\s+0\.2\s+to\s+within\s+5\s+%"
+    for text in (Snapshots.__doc__, Path(__file__).parents[1].joinpath("docs", "training.md").read_text()):
+        assert re.search(told, text)
+        assert "0.2887" in text
 
 
 def test_constant_weights_are_rebuilt_exactly_however_few_the_snapshots():

@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler
 
 from undiffuse import VP, Denoiser, EDMPrecond, InputError
 from undiffuse.nets import UNet
-from undiffuse.train import Checkpoints, Objective, Plan, train
+from undiffuse.train import Checkpoints, Engine, Objective, Plan, check_sharded, made, train
 from undiffuse.train.optimiser import OPTIMISERS, AdamW, Muon, scheduled
 
 LR = 0.01
@@ -259,6 +259,7 @@ def test_a_scaled_gradient_that_overflowed_is_left_out():
 
 X = normal(10, 1, 4, 4)
 PLAN = Plan(steps=7, batch=4, lr=1e-2, warmup=2, weight_decay=0.1, every=2)
+UNUSED, SHARDED = Denoiser(UNet(1, width=16, mults=(1,)), EDMPrecond()), Engine(sharding="fsdp")
 
 
 def tree(root):
@@ -316,12 +317,20 @@ def test_optimisers_train_apart(tmp_path):
         (lambda: AdamW(betas=(0.9, 1.0)), "optimiser.betas"),
         (lambda: AdamW(betas=(0.9,)), "optimiser.betas"),
         (lambda: AdamW(eps=0.0), "optimiser.eps"),
+        (lambda: AdamW(eps=1e300), "optimiser.eps"),
         (lambda: Muon(betas=(-0.1, 0.9)), "optimiser.betas"),
         (lambda: Muon(eps=math.inf), "optimiser.eps"),
         (lambda: Muon(momentum=1.0), "optimiser.momentum"),
         (lambda: Muon(ns_steps=0), "optimiser.ns_steps"),
         (lambda: Muon(adjust_lr_fn="other"), "optimiser.adjust_lr_fn"),
-        (lambda: Muon()(nn.Linear(3, 3), LR, 0.0), "no matrices.*optimiser=adamw"),
+        (lambda: Muon()(nn.Linear(3, 3), LR, 0.0), r"no matrices.*use AdamW .optimiser=adamw."),
+        (lambda: made(torch.optim.Adam, nn.Linear(3, 3), LR, 0.0), "Adam.* makes no optimiser: .*torch.optim.Adam"),
+        (lambda: made(AdamW, nn.Linear(3, 3), LR, 0.0), r"makes no optimiser: expected AdamW\(\)"),
+        (lambda: made(torch.optim.SGD([torch.ones(1)]), nn.Linear(3, 3), LR, 0.0), "makes no optimiser.*not callable"),
+        (lambda: made(lambda *_: None, nn.Linear(3, 3), LR, 0.0), "makes no optimiser"),
+        (lambda: next(train(UNUSED, X, Objective(VP()), PLAN, optimiser=torch.optim.Adam)), "makes no optimiser"),
+        (lambda: next(train(UNUSED, X, Objective(VP()), PLAN, optimiser=Muon(), engine=SHARDED)), "FSDP shards"),
+        (lambda: check_sharded(AdamW(), "fp16"), "train.precision=fp16 cannot be sharded"),
     ],
 )
 def test_impossible_settings_are_refused(make, why):
@@ -329,9 +338,17 @@ def test_impossible_settings_are_refused(make, why):
         make()
 
 
+def test_any_optimiser_of_torch_trains(tmp_path):
+    """As a function of module, rate and decay; also one whose state is empty."""
+    kind = lambda module, lr, decay: torch.optim.SGD(module.parameters(), lr, weight_decay=decay)  # noqa: E731
+    losses = run(tmp_path / "straight", kind)
+    run(tmp_path / "stopped", kind, stop=4)
+    assert run(tmp_path / "stopped", kind, weights=2) == {step: losses[step] for step in range(5, 8)}
+
+
 def test_shards_are_refused(monkeypatch):
     monkeypatch.setattr("undiffuse.train.optimiser.is_shard", lambda p: p.ndim == 2)
-    with pytest.raises(InputError, match="FSDP shards them: use optimiser=adamw"):
+    with pytest.raises(InputError, match=r"FSDP shards them: use AdamW .optimiser=adamw., or engine\.sharding=ddp"):
         Muon()(Parts(nn.Linear(3, 3)), LR, 0.0)
 
 
@@ -393,3 +410,13 @@ def test_the_rates_are_the_schedulers_own():
 def test_what_is_no_function_of_the_step_is_refused(make):
     with pytest.raises(InputError, match="whose step\\(\\) needs no measurement"):
         scheduled(make, AdamW()(nn.Linear(2, 2), 0.1, 0.0))
+
+
+def test_what_torch_says_of_a_scheduler_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match=r"scheduler cannot be made for this optimiser: .*total_steps"):
+        scheduled(lambda o: lr_scheduler.OneCycleLR(o, 0.1), AdamW()(nn.Linear(2, 2), 0.1, 0.0))
+    short = lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=3)  # noqa: E731
+    with pytest.raises(InputError, match="scheduler fails in step 4; it must last for all of the plan's steps"):
+        run(tmp_path, AdamW(), scheduler=short)
+    with pytest.raises(InputError, match="scheduler fails in step 4"):
+        scheduled(short, AdamW()(nn.Linear(2, 2), 0.1, 0.0), 5)

@@ -4,11 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+import undiffuse
 from undiffuse import SOLVERS
 from undiffuse.grid import GRIDS
 
 README = Path(__file__).parents[1] / "README.md"
+TRAINING = README.parent / "docs" / "training.md"
 
 
 def rows():
@@ -35,3 +38,28 @@ def test_the_orders_and_evaluations_are_the_solvers_own(name):
 def test_every_grid_is_named():
     text = README.read_text()
     assert all(f"`{name}`" in text for name in GRIDS)
+
+
+def test_the_python_of_training_runs(monkeypatch, tmp_path):
+    """Every block in the order of the page, as one program; its last model is a run that can be sampled."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", TRAINING.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    names = {}
+    exec("\n".join(blocks), names)
+    assert names["state"].step == 20
+    assert names["fit"].error < 0.15
+    before, after = undiffuse.load("digits"), undiffuse.load("runs/longer")
+    assert after.sample(2, 3, steps=2).shape == (2, 1, 8, 8)
+    pairs = list(zip(before.denoiser.parameters(), after.denoiser.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+COMMANDS = re.findall(r"^undiffuse train (.*)$", TRAINING.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_training_are_lawful(command, run, tmp_path):
+    words = [word for word in command.split() if not word.startswith(("data=", "out="))]
+    code, _, err = run("train", "--dry-run", f"out={tmp_path / 'run'}", *words)
+    assert code == 0, err

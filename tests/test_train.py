@@ -292,7 +292,8 @@ def test_other_settings_are_refused_by_name(tmp_path):
     for other, key in [
         ({"width": 4, "seed": 1, "net": {"kind": "unet"}}, "width"),
         ({"width": 3, "seed": 1, "net": {"kind": "dit"}}, "net"),
-        ({"width": 3, "net": {"kind": "unet"}}, "seed"),
+        ({"width": 3, "net": {"kind": "unet"}}, r"seed was 1, is not set\."),
+        ({"width": 3, "seed": 1, "net": {"kind": "dit", "heads": 2}}, r"net was 'unet', is 'dit'\. Give another"),
         ({"width": 3, "seed": 1, "net": {"kind": "unet"}, "patch": 2}, "patch"),
     ]:
         with pytest.raises(InputError, match=rf"step-2 belongs to a run with other settings: {key}"):
@@ -327,8 +328,9 @@ def test_tied_weights_are_saved(tmp_path):
 
 def test_impossible_runs_are_refused_before_they_start(tmp_path):
     for values in (
-        *({"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"lr": math.nan}, {"warmup": -1}, {"decay": 1.1}, {"clip": 0.0}),
-        *({"weight_decay": -1.0}, {"snapshots": -1}, {"cond_dropout": 1.5}, {"every": -1}),
+        *({"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"lr": math.nan}, {"lr": 1e300}, {"warmup": -1}, {"decay": 1.1}),
+        *({"clip": 0.0}, {"weight_decay": -1.0}, {"weight_decay": math.inf}, {"cond_dropout": 1.5}, {"every": -1}),
+        *({"snapshots": -1}, {"snapshots": 1501}),
     ):
         with pytest.raises(InputError, match=next(iter(values))):
             Plan(**values)
@@ -345,7 +347,7 @@ def test_impossible_runs_are_refused_before_they_start(tmp_path):
             Plan(**values)
     with pytest.raises(InputError, match="3 rows for 16"):
         next(simple(PLAN, cond=Label(3)([0, 1, 2]))[1])
-    with pytest.raises(InputError, match="Eps head"):
+    with pytest.raises(InputError, match="the Eps head"):
         next(train(Denoiser(Scaled(), Eps()), torch.zeros(4, 3), Objective(Cosine()), PLAN))
 
 
@@ -550,6 +552,8 @@ def test_a_lost_model_folder_is_made_again_from_the_checkpoint(finished, tmp_pat
         ({"held_out": 5}, "held_out"),
         ({"schedule": "cosine"}, "schedule"),
         ({"train": {"lr": 1e-3}}, r"train\.lr"),
+        ({"train": {"steps": 99}}, r"train\.steps was 8, is 99\. The rate falls .* for more of them train anew"),
+        ({"optimiser": "adamw"}, r"optimiser was 'muon', is 'adamw'\. Give another"),
         ({"net": {"dropout": 0.1}}, r"net\.dropout"),
     ],
 )
@@ -741,6 +745,12 @@ def settle(tmp_path, x, **layers):
     return Config.resolve(base, {"track": "none", "eval": {"every": 0}}, layers)
 
 
+def test_four_samples_are_enough(tmp_path):
+    x = np.random.default_rng(0).normal(size=(4, 1, 4, 4)).astype("float32")
+    fitted = fit(settle(tmp_path, x, eval={"every": 2}))
+    assert (len(fitted.train), len(fitted.held_out)) == (2, 2)
+
+
 def test_unlabelled_data_in_one_dimension(tmp_path):
     x = np.random.default_rng(0).normal(size=(20, 2, 9)).astype("float32")
     fitted = fit(settle(tmp_path, x))
@@ -761,10 +771,11 @@ def test_unlabelled_data_in_one_dimension(tmp_path):
     [
         (lambda x: np.full_like(x, np.inf), "no sample can be read; .*NaN or infinite"),
         (lambda x: np.full_like(x, 0.1), "all samples are the same"),
-        (lambda x: x[:1], "cannot hold out 0 of 1"),
-        (lambda x: x[:3], "cannot hold out 0 of 3"),
+        (lambda x: x[:1], "cannot hold out 2 of 1"),
+        (lambda x: x[:2], "cannot hold out 2 of 2 samples: at least 2 are needed to measure by, and 2 to train on"),
+        (lambda x: x[:3], "cannot hold out 2 of 3"),
     ],
-    ids=["inf", "constant", "one", "three"],
+    ids=["inf", "constant", "one", "two", "three"],
 )
 def test_data_that_cannot_be_learned_from_is_refused_and_leaves_nothing(tmp_path, spoil, why):
     x = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype("float32")
@@ -788,14 +799,14 @@ def test_one_sample_with_nan_is_left_out_and_listed(tmp_path):
 def test_heads_that_cannot_start_in_pure_noise_are_refused_and_leave_nothing(tmp_path):
     x = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype("float32")
     for schedule in ("cosine", "flow", "sigmoid"):
-        with pytest.raises(InputError, match="Eps head"):
+        with pytest.raises(InputError, match="the Eps head"):
             fit(settle(tmp_path, x, head="eps", schedule=schedule))
     assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
 
 
 def test_a_run_that_diverges_stops_and_makes_no_model(tmp_path):
     x = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype("float32")
-    config = settle(tmp_path, x, train={"steps": 50, "lr": 1e38, "warmup": 0, "every": 1})
+    config = settle(tmp_path, x, train={"steps": 50, "lr": 1e30, "warmup": 0, "every": 1})
     for _ in range(2):
         with pytest.raises(NonFinite, match="step"):
             fit(config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import inspect
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +36,7 @@ from undiffuse.train import (
     Engine,
     Plan,
 )
-from undiffuse.types import InputError
+from undiffuse.types import InputError, did_you_mean
 
 KINDS: dict[str, dict[str, Callable[..., Any]]] = {
     "schedule": SCHEDULES,
@@ -205,8 +204,16 @@ def fields(kind: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def _nearest(word: str, words: Sequence[str], what: str) -> str:
-    near = difflib.get_close_matches(word, words, 1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"{what}: {', '.join(sorted(words)) or 'none'}"
+    return did_you_mean(word, words) or f"{what}: {', '.join(sorted(words)) or 'none'}"
+
+
+def _elsewhere(where: str, key: str, kind: Callable[..., Any], known: Sequence[str]) -> str:
+    """What to say of a setting that this kind of a family lacks."""
+    kinds = KINDS.get(where, {})
+    if not (owners := [name for name, other in kinds.items() if key in fields(other)]):
+        return _nearest(key, known, f"{where} takes")
+    (own,) = [name for name, other in kinds.items() if other is kind]
+    return f"it belongs to {where}={' or '.join(owners)}, and {where}={own} takes {', '.join(sorted(known)) or 'none'}"
 
 
 def _check(where: str, kind: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,12 +223,17 @@ def _check(where: str, kind: Callable[..., Any], given: Mapping[str, Any]) -> di
         if key in FROM_DATA and kind in NETS.values() and key in inspect.signature(kind).parameters:
             raise InputError(f"{where}.{key} follows from the data and cannot be set")
         if key not in known:
-            raise InputError(f"unknown key {where}.{key}: {_nearest(key, list(known), f'{where} takes')}")
+            raise InputError(f"unknown key {where}.{key}: {_elsewhere(where, key, kind, list(known))}")
     schema: Any = pydantic.create_model("Settings", **known)  # type: ignore[call-overload]
     try:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in schema(**given)}
     except pydantic.ValidationError as error:
         first = error.errors()[0]
+        name = str(first["loc"][0])
+        annotation, default = known[name]
+        if get_origin(annotation) in (tuple, list, Sequence) and name in given:
+            example = f", such as {list(default)}" if default not in (..., ()) else ""
+            raise InputError(f"{where}.{name} is a list{example}; got {given[name]!r}") from error
         key = ".".join([where, *(str(part) for part in first["loc"])])
         raise InputError(f"{key}: {first['msg'].lower()}, got {first.get('input')!r}") from error
 
@@ -260,7 +272,8 @@ class Config:
                     stated |= {f"{key}.{name}" for name in value}
                 else:
                     if type(value) is not type(DEFAULTS[key]):
-                        raise InputError(f"{key} must be a {type(DEFAULTS[key]).__name__}, got {value!r}")
+                        wanted = "a whole number" if isinstance(DEFAULTS[key], int) else "text"
+                        raise InputError(f"{key} must be {wanted}, got {value!r}")
                     values[key] = value
                     stated.add(key)
         for family, kinds in KINDS.items():
@@ -279,8 +292,8 @@ class Config:
             )
         if not -(2**63) <= values["seed"] < 2**63:
             raise InputError(f"seed must be a 64-bit number, got {values['seed']}")
-        if values["held_out"] < 1:
-            raise InputError(f"held_out must be >= 1 sample, got {values['held_out']}")
+        if values["held_out"] < 2:
+            raise InputError(f"held_out must be >= 2 samples, got {values['held_out']}")
         config = Config(values, frozenset(stated))
         for family in KINDS.keys() - {"net"}:
             config.build(family)

@@ -25,6 +25,8 @@ from undiffuse.train import (
     TRACKED,
     Checkpoints,
     Engine,
+    Flip,
+    Geometric,
     Gradient,
     LevelBins,
     Lock,
@@ -35,7 +37,10 @@ from undiffuse.train import (
     Signals,
     Snapshots,
     TrainState,
+    check_sharded,
+    find_tracker,
     is_sound,
+    made,
     out_of_memory,
     replace_bytes,
     replace_text,
@@ -49,6 +54,15 @@ from undiffuse.watch import Left, Watch
 # what may differ when a run goes on
 NOT_TRAINING = {"out", "track", "engine", "eval", "solver", "grid", "guidance", "sample"}
 HOW = {"data": {"path", "bad_share", "memory_mb", "cache", "cache_gb"}, "train": {"every"}}
+
+
+class _Opened(NamedTuple):
+    """A run's complete configuration (its batch may be "auto" yet), its data, and the settings that it began with."""
+
+    config: Config
+    data: RunData
+    spectrum: Spectrum
+    before: Config | None
 
 
 class Fitted(NamedTuple):
@@ -95,7 +109,30 @@ def fit(
     """
     engine: Engine = config.section("engine")
     processes = processes or Processes.start(engine.device)
-    seed, out = config.values["seed"], Path(config.values["out"])
+    config, data, spectrum, before = _opened(config, processes)
+    out = Path(config.values["out"])
+    if before is not None and is_sound(out / "model"):
+        return Fitted(replace(Model.load(out), config=config), data.train, data.held_out)
+    if config.section("train").batch == "auto":
+        probe = config.measured(_sigma(spectrum), len(data.held_out), 64)
+        batch = processes.share(lambda: largest_batch(probe, spectrum, data.classes, processes.device))
+        config = config.measured(_sigma(spectrum), len(data.held_out), batch * processes.world)
+    for note in data.notes if processes.main else ():
+        warnings.warn(note, stacklevel=2)
+    return _fit(config, engine, data, spectrum, processes, out, progress, log_every)
+
+
+def check(config: Config, processes: Processes) -> None:
+    """InputError for what `fit` would refuse before its first step: all of it is made, and nothing is written."""
+    config, data, spectrum, _ = _opened(config, processes)
+    model, *_ = _built(config, data, spectrum)
+    plan: Plan = config.section("train")
+    made(config.build("optimiser"), model.denoiser, plan.lr, plan.weight_decay)
+
+
+def _opened(config: Config, processes: Processes) -> _Opened:
+    """Open and measure the data; InputError for data that cannot be trained on, and for the folder of another run."""
+    out = Path(config.values["out"])
     if out.exists() and not out.is_dir():
         raise InputError(f"out={out} is a file: give the name of a folder")
     data = RunData.of(config)
@@ -106,23 +143,45 @@ def fit(
     batch = config.section("train").batch
     if batch == "auto" and before is not None:
         batch = before.section("train").batch
-    sigma = float(f"{spectrum.std:.4g}")
-    if batch == "auto":
-        probe = config.measured(sigma, len(data.held_out), 64)
-        batch = processes.share(lambda: largest_batch(probe, spectrum, data.classes, processes.device))
-        batch *= processes.world
-    config = config.measured(sigma, len(data.held_out), batch)
-    plan, identity = config.section("train"), _identity(config)
+    config = config.measured(_sigma(spectrum), len(data.held_out), batch)
     if before is not None:
         same_name = before.values["data"]["name"] == config.values["data"]["name"]
         if same_name and (out / "data.json").is_file() and not about_of(out, data.fingerprint):
             raise InputError(f"{out} was trained on other data of the same name: give another `out` or delete that run")
-        same_settings(_identity(before), identity, out)
-        if is_sound(out / "model"):
-            return Fitted(replace(Model.load(out), config=config), data.train, data.held_out)
-    for note in data.notes if processes.main else ():
-        warnings.warn(note, stacklevel=2)
-    return _fit(config, plan, engine, data, spectrum, processes, seed, out, progress, log_every)
+        same_settings(_identity(before), _identity(config), out)
+    return _Opened(config, data, spectrum, before)
+
+
+def _sigma(spectrum: Spectrum) -> float:
+    return float(f"{spectrum.std:.4g}")
+
+
+def _built(config: Config, data: RunData, spectrum: Spectrum) -> tuple[Model, Objective, EMA]:
+    """The untrained model, what trains it, and its averages; InputError for what cannot be trained together."""
+    plan, engine, augment = config.section("train"), config.section("engine"), config.build("augment")
+    torch.manual_seed(config.values["seed"])
+    try:
+        model = assemble(config, spectrum, data.classes)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError(f"this network does not fit in memory: {config.values['net']}; make it smaller") from error
+    model = replace(model, names=tuple(data.source.classes), scale=data.prepare.statistics)
+    objective = objective_of(config, spectrum.std)
+    objective.check(model.denoiser)
+    if engine.sharding == "fsdp":
+        check_sharded(config.build("optimiser"), plan.precision)
+    mirrors = isinstance(augment, Flip) or (isinstance(augment, Geometric) and augment.x_flip)
+    if config.values["data"]["flip"] and mirrors:
+        raise InputError(
+            "data.flip=true mirrors every second picture without telling the network, so that samples show it, which "
+            f"augment={config.values['augment']['kind']} is there to prevent: leave one of them out"
+        )
+    augment(data.train.x[:1], 0, torch.zeros(1, dtype=torch.long))
+    find_tracker(config.values["track"])
+    profiles = [config.build("ema")]
+    profiles += [p for p in map(Power, TRACKED) if plan.snapshots and p not in profiles]
+    return model, objective, EMA(model.denoiser, *profiles)
 
 
 def _spectrum(data: RunData, out: Path) -> Spectrum:
@@ -134,25 +193,17 @@ def _spectrum(data: RunData, out: Path) -> Spectrum:
 
 def _fit(
     config: Config,
-    plan: Plan,
     engine: Engine,
     data: RunData,
     spectrum: Spectrum,
     processes: Processes,
-    seed: int,
     out: Path,
     progress: Callable[[TrainState, int], None] | None,
     log_every: int,
 ) -> Fitted:
-    torch.manual_seed(seed)
-    model = replace(
-        assemble(config, spectrum, data.classes), names=tuple(data.source.classes), scale=data.prepare.statistics
-    )
-    objective = objective_of(config, spectrum.std)
-    objective.check(model.denoiser)
-    profiles, bins = [config.build("ema")], LevelBins(spectrum)
-    profiles += [p for p in map(Power, TRACKED) if plan.snapshots and p not in profiles]
-    ema = EMA(model.denoiser, *profiles)
+    plan, seed = config.section("train"), config.values["seed"]
+    model, objective, ema = _built(config, data, spectrum)
+    bins = LevelBins(spectrum)
     average = ema.average
     assert isinstance(average, Denoiser)
     averaged, use = replace(model, denoiser=average), config.section("eval")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import warnings
@@ -29,7 +28,7 @@ from undiffuse.spectrum import Spectrum
 from undiffuse.tableau import Tableau
 from undiffuse.train import Snapshots, commit, load_weights, verify, weights
 from undiffuse.tune import Choice, Report, auto, ladder
-from undiffuse.types import Denoise, InputError, Plan
+from undiffuse.types import Denoise, InputError, Plan, did_you_mean
 
 SHIPPED = Path(__file__).parent / "models"
 
@@ -53,14 +52,26 @@ def find_run(target: str | Path) -> Path | None:
     return None
 
 
+def comes_along(run: Path) -> bool:
+    """Whether the run folder is that of a model that comes with the package."""
+    return run.resolve().parent == SHIPPED.resolve()
+
+
+def nearest_run(target: str | Path) -> str:
+    """Which name of a model that comes along, or of a run in runs/, may have been meant, as a question; else ""."""
+    runs = [config.parent for config in Path("runs").glob("*/config.toml")]
+    return did_you_mean(str(target), [*shipped(), *(run.name for run in runs), *map(str, runs)])
+
+
 def run_folder(run: str | Path) -> Path:
     """The folder that `find_run` finds; InputError where there is none."""
     found = find_run(run)
     if found is None and not _expanded(run).exists():
-        raise InputError(
-            f"run folder {run} does not exist: train one with `undiffuse train out={run}`, or take one of the "
-            f"models that come along: {', '.join(shipped())}"
+        todo = (
+            f"train one with `undiffuse train out={run}`, or take one of the models that come along: "
+            f"{', '.join(shipped())}"
         )
+        raise InputError(f"run folder {run} does not exist: " + f"{nearest_run(run)} {todo}".lstrip())
     if found is None:
         raise InputError(f"{run} is no run folder: train one with `undiffuse train out=FOLDER`")
     return found
@@ -121,13 +132,8 @@ class Model:
         try:
             number = int(name)
         except ValueError as error:
-            folded = {known.casefold(): known for known in self.names}
-            near = difflib.get_close_matches(name.casefold(), folded, 1)
-            hint = f"did you mean {folded[near[0]]!r}? " if near else ""
-            raise InputError(
-                f"no class is named {name!r}: {hint}this model knows the classes {known or numbers}"
-                + (f", or {numbers}" if known else "")
-            ) from error
+            classes = f"{did_you_mean(name, self.names)} this model knows the classes {known or numbers}".lstrip()
+            raise InputError(f"no class is named {name!r}: {classes}" + (f", or {numbers}" if known else "")) from error
         if not 0 <= number < self.classes:
             raise InputError(f"label {number} is out of range: this model knows the classes {numbers}")
         return number
@@ -317,8 +323,9 @@ class Model:
     def load(run: str | Path, ema: float | None = None) -> Model:
         """The finished model of a run folder, or of a name (see `find_run`), verified against its hashes.
 
-        `ema` takes the weights' average of that length instead, in (0, 0.2887], rebuilt from the run's snapshots
-        (train.snapshots). InputError says what is wrong with the folder or the length.
+        `ema` takes the weights' average of that length instead, a share of the run in (0, 0.2887], rebuilt from its
+        snapshots (train.snapshots; see `Snapshots` for the lengths that they give). InputError says what is wrong with
+        the folder or the length.
         """
         found = run_folder(run)
         folder = found / "model"
@@ -341,7 +348,11 @@ class Model:
         except Exception as error:
             raise InputError(f"{folder} holds a model that does not fit its configuration: {error}") from error
         if ema is not None:
-            state, fit = Snapshots(found / "averages").average(ema)
+            if comes_along(found):
+                raise InputError(
+                    f"{found.name} comes along with one set of weights, the average {model.average}: leave `ema` out"
+                )
+            state, fit = Snapshots(found / "averages").average(ema, config.section("train").steps)
             load_weights(model.denoiser, state)
             if fit.error > 0.02:
                 there = f"the run's snapshots give the average of length {ema:g} to within {100 * fit.error:.0f} % only"

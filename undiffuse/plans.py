@@ -12,7 +12,7 @@ from undiffuse.config import Config
 from undiffuse.data.source import digest
 from undiffuse.guide import CFG
 from undiffuse.modal import Modal, read_plan
-from undiffuse.model import SHIPPED, Model, run_folder
+from undiffuse.model import Model, comes_along, run_folder
 from undiffuse.tableau import Tableau
 from undiffuse.train import MANIFEST
 from undiffuse.tune import Choice
@@ -77,5 +77,4 @@ def keep(plan: Tableau | Modal, path: Path) -> None:
 def own(folder: Path) -> bool:
     """Whether a folder may be written to: it is the user's, and not part of the package."""
     me = os.getuid() if hasattr(os, "getuid") else folder.stat().st_uid
-    shipped = folder.resolve().parent == SHIPPED.resolve()
-    return not shipped and folder.stat().st_uid == me and os.access(folder, os.W_OK)
+    return not comes_along(folder) and folder.stat().st_uid == me and os.access(folder, os.W_OK)

@@ -58,7 +58,7 @@ class RunData:
         found.refuse(source.name)
         held_out = config.values["held_out"]
         if "held_out" not in config.given and use.name != "digits":  # the default suits the digits
-            held_out = min(held_out, len(source.test or source) // (1 if source.test else 5))
+            held_out = min(held_out, len(source.test) if source.test else max(2, len(source) // 5))
         part, held = split(source, held_out, prepare=prepare)
         still = use.crop == "center" and not use.flip and not use.buckets
         size = 4 * math.prod(found.shape)

@@ -1,7 +1,9 @@
-"""The call signatures on which every part of the library agrees."""
+"""The call signatures on which every part of the library agrees, and how a mistake is told."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -42,3 +44,22 @@ class InputError(ValueError):
 
     The command line prints the message alone and exits with code 2.
     """
+
+
+def require(ok: bool, setting: str, value: object, expected: str) -> None:
+    """InputError unless `ok`: the setting, what was expected and what was given."""
+    if not ok:
+        raise InputError(f"{setting} must be {expected}, got {value}")
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """The known word that is nearest to an unknown one, as a question, else "": in small letters or capitals, and
+    before all others one that begins like it.
+
+    >>> did_you_mean("T-Shirt", ["shirt", "t-shirt/top"]), did_you_mean("x", ["shirt"])
+    ("did you mean 't-shirt/top'?", '')
+    """
+    folded, known = word.casefold(), {w.casefold(): w for w in words}
+    longer = [w for w in known if len(folded) > 1 and w.startswith(folded)]
+    near = difflib.get_close_matches(folded, longer or known, 1, 0.0 if longer else 0.55)
+    return f"did you mean {known[near[0]]!r}?" if near else ""

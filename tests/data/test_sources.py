@@ -483,20 +483,20 @@ def test_held_out_samples_are_not_trained_on_and_come_plain(tmp_path):
         assert torch.equal(row, plain(source.read(int(i)), 0, 0).x)
         assert int(label) == source.read(int(i)).label
     assert [train.read(k).where for k in range(30)] == [source.read(int(i)).where for i in order[10:]]
-    for wrong in (0, 40, -1):
+    for wrong in (0, 1, 39, 40, -1):
         with pytest.raises(InputError, match=f"cannot hold out {wrong} of 40"):
             split(source, wrong)
     write(tmp_path / "a" / "odd.png", coded(pixels(0, 5, 5)))
     with pytest.raises(InputError, match=r"set data.size"):
-        split(open_source(str(tmp_path)), 40)
+        split(open_source(str(tmp_path)), 39)
 
 
 def test_held_out_samples_that_cannot_be_read_are_said(tmp_path):
-    for k in range(9):
+    for k in range(10):
         write(tmp_path / f"{k}.png", flat(k) if k else b"")
     with pytest.warns(UserWarning, match=r"held out\): 1 samples are left out; the last .*0.png: the file is empty"):
         train, held = split(open_source(str(tmp_path)), 8)
-    assert (len(train), len(held)) == (1, 7)
+    assert (len(train), len(held)) == (2, 7)
 
 
 def test_subsets_stay_within_the_source():

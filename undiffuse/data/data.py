@@ -57,10 +57,17 @@ class Data:
 
     def split(self, held_out: int, seed: int = 0) -> tuple[Data, Data]:
         """(train, held out): a fixed random split with `held_out` samples in the second part."""
-        if not 0 < held_out < len(self):
-            raise InputError(f"{self.name}: cannot hold out {held_out} of {len(self)} samples")
+        check_held_out(self.name, held_out, len(self))
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(self)))
         parts = order[held_out:], order[:held_out]
         labels = (None, None) if self.labels is None else (self.labels[parts[0]], self.labels[parts[1]])
         names = f"{self.name} (train)", f"{self.name} (held out)"
         return Data(self.x[parts[0]], labels[0], names[0]), Data(self.x[parts[1]], labels[1], names[1])
+
+
+def check_held_out(name: str, held_out: int, n: int) -> None:
+    """InputError unless two samples at least are held out, to measure by, and two are left to train on."""
+    if not 2 <= held_out <= n - 2:
+        raise InputError(
+            f"{name}: cannot hold out {held_out} of {n} samples: at least 2 are needed to measure by, and 2 to train on"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from undiffuse.data.picture import to_float
 from undiffuse.data.prepare import Prepare
 from undiffuse.data.source import Arrays, Source
 from undiffuse.data.split import materialise
-from undiffuse.types import InputError
+from undiffuse.types import InputError, did_you_mean
 
 _KINDS = "a folder of pictures, or .npy, .npz, .safetensors, .parquet or .tar files"
 
@@ -59,9 +58,8 @@ def open_source(
 
 
 def _hint(name: str) -> str:
-    near = difflib.get_close_matches(name.lower(), BUILT_IN, 1)
-    if near:
-        return f"did you mean {near[0]!r}?"
+    if near := did_you_mean(name, BUILT_IN):
+        return near
     missing = "there is no such file or folder; " if "/" in name or "." in name else ""
     if Path(name).expanduser().is_file():
         missing = "a single file of another kind; "

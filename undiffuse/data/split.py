@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import torch
 
-from undiffuse.data.data import Data
+from undiffuse.data.data import Data, check_held_out
 from undiffuse.data.prepare import Prepare
 from undiffuse.data.source import Source, Subset, Unreadable, choice
 from undiffuse.data.statistics import shapes_differ
@@ -25,8 +25,7 @@ def split(source: Source, held_out: int, seed: int = 0, prepare: Prepare | None 
         ids = choice(source.test, held_out, seed)
         return source, materialise(Subset(source.test, ids, name), prepare)
     n = len(source)
-    if not 0 < held_out < n:
-        raise InputError(f"{source.name}: cannot hold out {held_out} of {n} samples")
+    check_held_out(source.name, held_out, n)
     train = f"{source.name} (train)"
     if len(source.counts) > 1:
         kept = len(source.counts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.nn.functional import cosine_similarity, interpolate
 from undiffuse.data.source import digest
 from undiffuse.evals.classifier import CLASSIFIERS, Classifier, load_classifier
 from undiffuse.spectrum import Spectrum
-from undiffuse.types import InputError
+from undiffuse.types import InputError, did_you_mean
 
 SIDE = 32  # of pictures, where their elements themselves are compared: larger ones are shrunk
 ROWS = 64  # of every call: a network rounds by batch size, and so features do not depend on how a set is cut
@@ -289,9 +288,8 @@ def check_features(words: str) -> list[tuple[str, str]]:
     for word in words.split(","):
         kind, _, argument = word.strip().partition("=")
         if kind not in ("auto", *FEATURES):
-            near = difflib.get_close_matches(kind, FEATURES, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise InputError(f"unknown features {kind!r}: {hint}there are auto, {', '.join(FEATURES)}")
+            known = f"{did_you_mean(kind, FEATURES)} there are auto, {', '.join(FEATURES)}".lstrip()
+            raise InputError(f"unknown features {kind!r}: {known}")
         if argument and kind in ("auto", "pixels", *CLASSIFIERS):
             raise InputError(f"features {kind} take no argument, got {word!r}")
         if kind == "pca" and argument and not (argument.isdigit() and int(argument) > 0):

@@ -64,7 +64,10 @@ class Embedding(nn.Module):
             if given is None:
                 continue
             if layer is None:
-                raise InputError(f"this network was built without {what} ({name}=0) and was given one")
+                raise InputError(
+                    f"this network was built without {what} ({name}=0) and was given some: build it with "
+                    f"{name}={given.shape[-1]}"
+                )
             if given.shape != (len(time), layer.in_features):
                 raise InputError(
                     f"condition {name} of shape {tuple(given.shape)}: expected ({len(time)}, {layer.in_features})"

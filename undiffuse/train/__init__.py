@@ -11,11 +11,11 @@ from undiffuse.train.feed import Feed, Rows
 from undiffuse.train.gradient import Gradient, out_of_memory
 from undiffuse.train.loop import NonFinite, TrainState, train
 from undiffuse.train.objective import LEVELS, WEIGHTS, Objective
-from undiffuse.train.optimiser import OPTIMISERS, AdamW, Muon
+from undiffuse.train.optimiser import OPTIMISERS, AdamW, Muon, check_sharded, made
 from undiffuse.train.plan import Engine, Plan, same_settings
 from undiffuse.train.processes import Lost, Processes, launched
 from undiffuse.train.stop import Preempted, Signals
-from undiffuse.train.track import TRACKERS, Tracker, read_log
+from undiffuse.train.track import TRACKERS, Tracker, find_tracker, read_log
 from undiffuse.train.variance import VARIANCES, VLB, Hybrid
 
 __all__ = [
@@ -61,10 +61,13 @@ __all__ = [
     "Stratified",
     "Tracker",
     "TrainState",
+    "check_sharded",
     "commit",
+    "find_tracker",
     "is_sound",
     "launched",
     "load_weights",
+    "made",
     "out_of_memory",
     "read_log",
     "replace_bytes",

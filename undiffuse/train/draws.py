@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.seeds import seed_of, uniform
-from undiffuse.types import InputError
+from undiffuse.types import require
 
 
 class Quantiles(NamedTuple):
@@ -92,13 +92,9 @@ class Adaptive:
     memory: int = 100
 
     def __post_init__(self) -> None:
-        for name, ok, expected in (
-            ("bins", self.bins >= 1, ">= 1"),
-            ("floor", 0 < self.floor <= 1, "above 0 and at most 1"),
-            ("memory", self.memory >= 1, ">= 1"),
-        ):
-            if not ok:
-                raise InputError(f"draws.{name} must be {expected}, got {getattr(self, name)}")
+        require(1 <= self.bins <= 10_000, "draws.bins", self.bins, "from 1 to 10000")
+        require(0 < self.floor <= 1, "draws.floor", self.floor, "above 0 and at most 1")
+        require(1 <= self.memory <= 1_000_000, "draws.memory", self.memory, "from 1 to 1000000")
 
     def start(self) -> Drawer:
         """A drawer that has seen nothing."""

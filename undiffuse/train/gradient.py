@@ -71,8 +71,6 @@ class Gradient:
         self.module, self.sharding = processes.spread(self.inner, engine.sharding), engine.sharding
         self.processes, self.seed, self.micro = processes, seed, engine.micro
         self.skips = 0
-        if precision == "fp16" and self.sharded:
-            raise InputError("train.precision=fp16 cannot be sharded: use bf16, or engine.sharding=ddp")
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=precision == "fp16")
 
     def overflows(self, finite: bool) -> bool:

@@ -24,7 +24,7 @@ from undiffuse.train.feed import Feed, Rows
 from undiffuse.train.files import Files
 from undiffuse.train.gradient import Gradient, recomputed
 from undiffuse.train.objective import Drawn, Objective
-from undiffuse.train.optimiser import AdamW, OptimiserKind, Scheduler, scheduled
+from undiffuse.train.optimiser import AdamW, OptimiserKind, Scheduler, advance, check_sharded, made, scheduled
 from undiffuse.train.plan import Engine, Plan
 from undiffuse.train.processes import Processes, shard
 from undiffuse.train.stop import end
@@ -117,6 +117,8 @@ def train(
     engine, batch = engine or Engine(), plan.batch
     own = next(model.parameters()).device
     processes = processes or Processes(device=own)
+    if engine.sharding == "fsdp":
+        check_sharded(optimiser, plan.precision)
     if batch == "auto":
         raise InputError("train.batch=auto is resolved by `fit`: give `train` a number")
     if batch % processes.world:
@@ -138,7 +140,7 @@ def train(
         gradient = Gradient(model, objective, plan.precision, engine, processes, seed)
         for average in ema.averages if gradient.sharded else ():
             shard(average, processes)
-        mover = optimiser(model, plan.lr, plan.weight_decay)
+        mover = made(optimiser, model, plan.lr, plan.weight_decay)
         identity = json.loads(json.dumps(identity or {}))
         drawer = objective.draws.start()
         files = Files(model, ema, mover, gradient.scaler, identity, {**(also or {}), **drawer.state()})
@@ -241,5 +243,5 @@ def _step(
     scaler.step(optimiser)
     scaler.update()
     if rates is not None:
-        rates.step()
+        advance(rates, step)
     return TrainState(step, value, size, rate, lam, mse, rows.long()), loss, int(signals.max())

@@ -17,21 +17,22 @@ from undiffuse.schedule import Discrete, Schedule
 from undiffuse.train.coupling import Coupling, IndependentCoupling
 from undiffuse.train.draws import Drawer, Draws, Stratified
 from undiffuse.train.variance import Fixed, Variance
-from undiffuse.types import InputError
+from undiffuse.types import InputError, require
 
 _U_MIN = 1e-9  # quantiles are finite inside (0, 1)
+_FAR = 1000  # lam up to here has numbers for sigma / alpha, or nearly
 _T_MIN = 1e-12  # a schedule may end in sigma = 0, where only x0 itself could be learned
-
-
-def _require(ok: bool, setting: str, value: object, expected: str) -> None:
-    if not ok:
-        raise InputError(f"{setting} must be {expected}, got {value}")
 
 
 class LevelDistribution(Protocol):
     """Maps u uniform in (0, 1) to levels by the inverse of its cumulative distribution: rising u, rising noise."""
 
     def __call__(self, u: Tensor, schedule: Schedule) -> Level: ...
+
+
+def _normal(mean: float, std: float) -> None:
+    require(abs(mean) <= _FAR, "levels.mean", mean, f"from -{_FAR} to {_FAR}")
+    require(0 < std <= _FAR, "levels.std", std, f"above 0 and at most {_FAR}")
 
 
 def _at_time(t: Tensor, schedule: Schedule) -> Level:
@@ -48,7 +49,7 @@ class UniformTime:
     t_min: float = 1e-3
 
     def __post_init__(self) -> None:
-        _require(0 < self.t_min < 1, "levels.t_min", self.t_min, "in (0, 1)")
+        require(0 < self.t_min < 1, "levels.t_min", self.t_min, "in (0, 1)")
 
     def __call__(self, u: Tensor, schedule: Schedule) -> Level:
         return _at_time(u if isinstance(schedule, Discrete) else self.t_min + (1 - self.t_min) * u, schedule)
@@ -58,8 +59,8 @@ class UniformTime:
 class LogitNormal:
     """t = sigmoid(mean + std z), z standard normal, on the schedule's own time (Esser et al. 2024, section 3.1).
 
-    A finite `mean` above 0 favours noise; std > 0 and finite. On the straight `Flow` it is `LogNormal` with the same
-    settings, since sigma / alpha = t / (1 - t) there; a `shift` adds its logarithm to the mean.
+    A `mean` above 0 favours noise; |mean| and std > 0 are at most 1000. On the straight `Flow` it is `LogNormal` with
+    the same settings, since sigma / alpha = t / (1 - t) there; a `shift` adds its logarithm to the mean.
 
     >>> from undiffuse import Flow
     >>> round(float(LogitNormal(mean=0.5)(torch.tensor(0.5), Flow()).lam), 6)
@@ -70,8 +71,7 @@ class LogitNormal:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.mean), "levels.mean", self.mean, "finite")
-        _require(0 < self.std < math.inf, "levels.std", self.std, "> 0 and finite")
+        _normal(self.mean, self.std)
 
     def __call__(self, u: Tensor, schedule: Schedule) -> Level:
         return _at_time(torch.sigmoid(self.mean + self.std * torch.special.ndtri(u.double())), schedule)
@@ -88,7 +88,7 @@ class Mode:
     s: float = 1.29
 
     def __post_init__(self) -> None:
-        _require(-1 <= self.s <= 2 / (math.pi - 2), "levels.s", self.s, "from -1 to 2 / (pi - 2) = 1.7519")
+        require(-1 <= self.s <= 2 / (math.pi - 2), "levels.s", self.s, "from -1 to 2 / (pi - 2) = 1.7519")
 
     def __call__(self, u: Tensor, schedule: Schedule) -> Level:
         u = u.double()
@@ -100,15 +100,15 @@ class UniformInLam:
     """lam, half the log-SNR, uniform from lam_min to lam_max, or as much of that as the schedule has.
 
     Under it a weight on eps is the w of the weighted ELBO of Kingma and Gao 2023 (arXiv 2303.00848). Needs
-    finite lam_min < lam_max; InputError on a schedule that has no such levels.
+    -1000 <= lam_min < lam_max <= 1000; InputError on a schedule that has no such levels.
     """
 
     lam_min: float = -7.5
     lam_max: float = 7.5
 
     def __post_init__(self) -> None:
-        ok = -math.inf < self.lam_min < self.lam_max < math.inf
-        _require(ok, "levels.lam_min and lam_max", (self.lam_min, self.lam_max), "finite with lam_min < lam_max")
+        ok, wanted = -_FAR <= self.lam_min < self.lam_max <= _FAR, f"from -{_FAR} to {_FAR} with lam_min < lam_max"
+        require(ok, "levels.lam_min and lam_max", (self.lam_min, self.lam_max), wanted)
 
     def __call__(self, u: Tensor, schedule: Schedule) -> Level:
         first = 1 / schedule.T if isinstance(schedule, Discrete) else 0.0
@@ -124,14 +124,13 @@ class UniformInLam:
 
 @dataclass(frozen=True)
 class LogNormal:
-    """log(sigma / alpha) = -lam is normal with this finite mean and std > 0 (Karras et al. 2022, table 1)."""
+    """log(sigma / alpha) = -lam is normal with this mean and std > 0, at most 1000 (Karras et al. 2022, table 1)."""
 
     mean: float = -1.2
     std: float = 1.2
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.mean), "levels.mean", self.mean, "finite")
-        _require(0 < self.std < math.inf, "levels.std", self.std, "> 0 and finite")
+        _normal(self.mean, self.std)
 
     def __call__(self, u: Tensor, schedule: Schedule) -> Level:
         return Level.at(-(self.mean + self.std * torch.special.ndtri(u)), schedule.space)
@@ -178,13 +177,13 @@ class TruncatedSNRWeight:
 class MinSNRWeight:
     """min(SNR, gamma) on x0's error, which is min(SNR, gamma) / SNR on eps (Hang et al. 2023, arXiv 2303.09556).
 
-    gamma > 0 and finite.
+    gamma > 0, at most 1e9.
     """
 
     gamma: float = 5.0
 
     def __post_init__(self) -> None:
-        _require(0 < self.gamma < math.inf, "weight.gamma", self.gamma, "> 0 and finite")
+        require(0 < self.gamma <= 1e9, "weight.gamma", self.gamma, "above 0 and at most 1e9")
 
     def __call__(self, level: Level, sigma_data: float) -> Tensor:
         return _snr(level).clamp(max=self.gamma)
@@ -194,15 +193,15 @@ class MinSNRWeight:
 class P2Weight:
     """SNR / (k + SNR)^gamma on x0's error, which is 1 / (k + SNR)^gamma on eps (Choi et al. 2022, arXiv 2204.00227).
 
-    k > 0 and gamma >= 0, both finite; gamma = 0 is DDPM's plain loss.
+    k > 0, at most 1e9, and gamma from 0 to 10; gamma = 0 is DDPM's plain loss.
     """
 
     k: float = 1.0
     gamma: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(0 < self.k < math.inf, "weight.k", self.k, "> 0 and finite")
-        _require(0 <= self.gamma < math.inf, "weight.gamma", self.gamma, ">= 0 and finite")
+        require(0 < self.k <= 1e9, "weight.k", self.k, "above 0 and at most 1e9")
+        require(0 <= self.gamma <= 10, "weight.gamma", self.gamma, "from 0 to 10")
 
     def __call__(self, level: Level, sigma_data: float) -> Tensor:
         snr = _snr(level)
@@ -220,7 +219,7 @@ class SigmoidWeight:
 
     def __post_init__(self) -> None:
         # e^-bias must be a number
-        _require(abs(self.bias) <= 100, "weight.bias", self.bias, "from -100 to 100")
+        require(abs(self.bias) <= 100, "weight.bias", self.bias, "from -100 to 100")
 
     def __call__(self, level: Level, sigma_data: float) -> Tensor:
         return level.alpha**2 / (level.sigma**2 + level.alpha**2 * math.exp(-self.bias))
@@ -310,7 +309,7 @@ class Objective:
         if model.head.needs_alpha and bool(self.schedule.level(1.0).alpha == 0):
             name = type(model.head).__name__
             raise InputError(
-                f"a {name} head cannot be trained for a schedule that ends in pure noise (alpha = 0): it does not "
+                f"the {name} head cannot be trained for a schedule that ends in pure noise (alpha = 0): it does not "
                 "determine x0 there. Use a v, flow, x0 or edm head, or a schedule that ends at alpha > 0"
             )
         if model.learned_variance and not self.variance.learned:
@@ -328,7 +327,7 @@ class Objective:
                 f"{self.variance} trains reverse steps for noise that is independent of the data, unlike that of "
                 f"{self.coupling}: choose the independent coupling, or variance = fixed"
             )
-        _require(0 < self.sigma_data < math.inf, "sigma_data, the std of the data,", self.sigma_data, "> 0 and finite")
+        require(0 < self.sigma_data < math.inf, "sigma_data, the std of the data,", self.sigma_data, "> 0 and finite")
         level = self.levels(torch.tensor([_U_MIN, 0.5, 1 - _U_MIN], dtype=torch.float64), self.schedule)
         weight = self.weight(level, self.sigma_data).float()
         if not bool(((weight >= 0) & weight.isfinite()).all()):

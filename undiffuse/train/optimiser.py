@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from undiffuse.train.checkpoint import is_shard, whole_like
 from undiffuse.train.processes import parts
-from undiffuse.types import InputError
+from undiffuse.types import InputError, require
 
 
 class OptimiserKind(Protocol):
@@ -24,17 +23,16 @@ class OptimiserKind(Protocol):
 
 
 def _check_moments(betas: tuple[float, float], eps: float) -> None:
-    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-        raise InputError(f"optimiser.betas must be two numbers in [0, 1), got {betas}")
-    if not 0 < eps < math.inf:
-        raise InputError(f"optimiser.eps must be > 0 and finite, got {eps}")
+    fine = len(betas) == 2 and all(0 <= b < 1 for b in betas)
+    require(fine, "optimiser.betas", betas, "two numbers in [0, 1)")
+    require(0 < eps <= 1, "optimiser.eps", eps, "above 0 and at most 1")
 
 
 @dataclass(frozen=True)
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101), of all parameters.
 
-    `betas` in [0, 1) are the decays of the gradient's first and second moments, `eps` > 0 is added to its root.
+    `betas` in [0, 1) are the decays of the gradient's first and second moments, `eps` in (0, 1] is added to its root.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -70,22 +68,45 @@ class Muon:
 
     def __post_init__(self) -> None:
         _check_moments(self.betas, self.eps)
-        if not 0 <= self.momentum < 1:
-            raise InputError(f"optimiser.momentum must be in [0, 1), got {self.momentum}")
-        if not 1 <= self.ns_steps < 100:
-            raise InputError(f"optimiser.ns_steps must be from 1 to 99, got {self.ns_steps}")
-        if self.adjust_lr_fn not in ("match_rms_adamw", "original"):
-            raise InputError(f"optimiser.adjust_lr_fn must be match_rms_adamw or original, got {self.adjust_lr_fn!r}")
+        require(0 <= self.momentum < 1, "optimiser.momentum", self.momentum, "in [0, 1)")
+        require(1 <= self.ns_steps < 100, "optimiser.ns_steps", self.ns_steps, "from 1 to 99")
+        known = ("match_rms_adamw", "original")
+        require(self.adjust_lr_fn in known, "optimiser.adjust_lr_fn", repr(self.adjust_lr_fn), " or ".join(known))
 
     def __call__(self, module: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         parameters = list(module.parameters())
         if any(is_shard(p) for p in parameters):
-            raise InputError("muon needs whole matrices, and FSDP shards them: use optimiser=adamw, or sharding=ddp")
+            check_sharded(self)
         inside = {p for part in parts(module) for p in part.parameters() if p.ndim >= 2}
         hidden = [p for p in parameters if p in inside]
         if not hidden:
-            raise InputError("muon found no matrices in this network's ModuleLists: use optimiser=adamw")
+            raise InputError("Muon found no matrices in this network's ModuleLists: use AdamW (optimiser=adamw)")
         return _Muon(hidden, [p for p in parameters if p not in inside], lr, weight_decay, self)
+
+
+def check_sharded(optimiser: OptimiserKind, precision: str = "float32") -> None:
+    """InputError for what cannot train shards of parameters (FSDP)."""
+    if isinstance(optimiser, Muon):
+        raise InputError(
+            "Muon needs whole matrices, and FSDP shards them: use AdamW (optimiser=adamw), or engine.sharding=ddp"
+        )
+    if precision == "fp16":
+        raise InputError("train.precision=fp16 cannot be sharded: use bf16, or engine.sharding=ddp")
+
+
+def made(kind: OptimiserKind, module: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """The optimiser that `kind` makes; InputError for what makes none."""
+    expected = (
+        f"optimiser = {kind!r} makes no optimiser: expected AdamW(), Muon(), or a function of (module, lr, "
+        "weight_decay) such as lambda module, lr, weight_decay: torch.optim.Adam(module.parameters(), lr)"
+    )
+    try:
+        optimiser = kind(module, lr, weight_decay)
+    except TypeError as error:  # most often a class of torch.optim, or an optimiser itself
+        raise InputError(f"{expected} ({error})") from error
+    if not isinstance(optimiser, torch.optim.Optimizer):
+        raise InputError(expected)
+    return optimiser
 
 
 Scheduler = Callable[[torch.optim.Optimizer], LRScheduler]
@@ -149,20 +170,33 @@ def scheduled(make: Scheduler, optimiser: torch.optim.Optimizer, steps: int = 0)
     """torch's scheduler on a new `optimiser`, as it is after `steps` steps: it takes them again, so rates and momenta
     are those of a run that did not stop, for every scheduler that is a function of the step alone.
 
-    Raises InputError for what is not: `ReduceLROnPlateau`.
+    Raises InputError for what is not, `ReduceLROnPlateau`, and for what torch says of it.
 
     >>> optimiser = AdamW()(nn.Linear(2, 2), 0.1, 0.0)
     >>> scheduled(lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5), optimiser, 2).get_last_lr()
     [0.025]
     """
-    scheduler = make(optimiser)
+    try:
+        scheduler = make(optimiser)
+    except Exception as error:  # torch raises errors of any kind
+        raise InputError(f"scheduler cannot be made for this optimiser: {error}") from error
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
         raise InputError(
-            f"scheduler makes a {type(scheduler).__name__}: expected a scheduler of torch.optim.lr_scheduler whose "
+            f"scheduler makes {type(scheduler).__name__}: expected a scheduler of torch.optim.lr_scheduler whose "
             "step() needs no measurement, such as OneCycleLR"
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # before the optimiser's
-        for _ in range(steps):
-            scheduler.step()
+        for step in range(1, steps + 1):
+            advance(scheduler, step)
     return scheduler
+
+
+def advance(scheduler: LRScheduler, step: int) -> None:
+    """Let the scheduler take step 1, 2, ...; InputError where it cannot."""
+    try:
+        scheduler.step()
+    except ValueError as error:  # as OneCycleLR after its last
+        raise InputError(
+            f"scheduler fails in step {step}; it must last for all of the plan's steps: {error}"
+        ) from error

@@ -11,9 +11,11 @@ from undiffuse.types import InputError
 
 _WANTED = {
     **dict.fromkeys(("steps", "batch"), "at least 1"),
-    **dict.fromkeys(("warmup", "weight_decay", "snapshots", "every"), "at least 0"),
+    **dict.fromkeys(("warmup", "every"), "at least 0"),
     **dict.fromkeys(("decay", "cond_dropout"), "from 0 to 1"),
-    "lr": "above 0",
+    "lr": "above 0 and at most 1e30",
+    "weight_decay": "from 0 to 1e6",
+    "snapshots": "from 0 to train.steps",
     "clip": "above 0",
     "precision": "float32, bf16 or fp16",
 }
@@ -51,14 +53,14 @@ class Plan:
         for name, ok in {
             "steps": self.steps >= 1,
             "batch": self.batch == "auto" or int(self.batch) >= 1,
-            "lr": 0 < self.lr < math.inf,
+            "lr": 0 < self.lr <= 1e30,  # float32 has more, but not much
             "warmup": self.warmup >= 0,
             "decay": 0 <= self.decay <= 1,
-            "weight_decay": self.weight_decay >= 0,
+            "weight_decay": 0 <= self.weight_decay <= 1e6,
             "clip": self.clip > 0,
             "cond_dropout": 0 <= self.cond_dropout <= 1,
             "every": self.every >= 0,
-            "snapshots": self.snapshots >= 0,
+            "snapshots": 0 <= self.snapshots <= self.steps,
             "precision": self.precision in ("float32", "bf16", "fp16"),
         }.items():
             if not ok:
@@ -103,11 +105,23 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def _difference(key: str, was: dict[str, Any], now: dict[str, Any]) -> str:
+    one, other = (repr(values[key]) if key in values else "not set" for values in (was, now))
+    return f"{key.removesuffix('.kind')} was {one}, is {other}"
+
+
 def same_settings(was: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """InputError naming the settings in which a run differs from the one that `folder` belongs to."""
     a, b = _flat(was), _flat(now)
-    differ = [f"{k} was {a.get(k)!r}, is {b.get(k)!r}" for k in {**a, **b} if a.get(k) != b.get(k)]
+    differ = [k for k in {**a, **b} if a.get(k) != b.get(k)]
+    others = {k.removesuffix(".kind") for k in differ if k.endswith(".kind")}  # whose settings cannot be compared
     if differ:
+        told = [k for k in differ if k.endswith(".kind") or k.rpartition(".")[0] not in others]
+        longer = (
+            "The rate falls to 0 over a run's steps, which are fixed therefore: for more of them train anew, or go on "
+            "from its weights as docs/training.md says. "
+        )
         raise InputError(
-            f"{folder} belongs to a run with other settings: {'; '.join(differ)}. Give another `out` or delete that run"
+            f"{folder} belongs to a run with other settings: {'; '.join(_difference(k, a, b) for k in told)}. "
+            f"{longer * ('train.steps' in differ)}Give another `out` or delete that run"
         )

@@ -28,6 +28,17 @@ def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return out
 
 
+def find_tracker(kind: str) -> str:
+    """The tracker that `kind` means here; InputError for an unknown or missing one."""
+    if kind == "auto":
+        return "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+    if kind != "none" and kind not in PACKAGES:
+        raise InputError(f"track={kind!r} is not known: auto, none, {', '.join(PACKAGES)}")
+    if kind != "none" and importlib.util.find_spec(PACKAGES[kind]) is None:
+        raise InputError(f"track={kind} needs a package: pip install {PACKAGES[kind]}; or give track=none")
+    return kind
+
+
 class Tracker:
     """Sends rows of the log to the tracker named `kind`: auto (TensorBoard where installed), none, or one of PACKAGES.
 
@@ -37,14 +48,9 @@ class Tracker:
 
     def __init__(self, kind: str, out: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
         self.inner: Any = None
-        if kind == "auto":
-            kind = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+        kind = find_tracker(kind)
         if kind == "none":
             return
-        if kind not in PACKAGES:
-            raise InputError(f"track={kind!r} is not known: auto, none, {', '.join(PACKAGES)}")
-        if importlib.util.find_spec(PACKAGES[kind]) is None:
-            raise InputError(f"track={kind} needs a package: pip install {PACKAGES[kind]}; or give track=none")
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from undiffuse.level import Level, interpolated, reconstruction, reverse_bounds, reverse_divergence
 from undiffuse.schedule import Discrete, Schedule
-from undiffuse.types import InputError
+from undiffuse.types import InputError, require
 
 Levels = Callable[[Tensor, Schedule], Level]  # u in (0, 1) -> levels
 
@@ -76,7 +75,7 @@ class Hybrid:
     2021, section 3.1 and equation 16).
 
     L_vlb (see `bound`) is that of a chain of `steps` >= 2 steps uniform in time; a table's own steps are its T, of
-    which `steps` must be a divisor. `weight` > 0 and finite is the paper's lambda, on the sum of the terms: 0.001 is
+    which `steps` must be a divisor. `weight` > 0 is the paper's lambda, on the sum of the terms: 0.001 is
     0.001 steps on the one drawn. At each level the best variance does not depend on how levels are drawn.
     """
 
@@ -85,8 +84,7 @@ class Hybrid:
     learned: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight < math.inf:
-            raise InputError(f"variance.weight must be > 0 and finite, got {self.weight}")
+        require(0 < self.weight <= 1e6, "variance.weight", self.weight, "above 0 and at most 1e6")
         _check_steps(self.steps)
 
     def check(self, schedule: Schedule, levels: Levels) -> None:
@@ -119,8 +117,9 @@ class VLB:
         if not off * self.steps <= 0.5 + 1e-6:
             raise InputError(
                 f"variance = vlb is a bound for levels uniform in time, each of its {self.steps} steps equally likely; "
-                f"{levels} is off by up to {float(off):.2g} of time: choose levels = uniform-time with levels.t_min "
-                f"<= {0.5 / self.steps:.2g}, fewer variance.steps, or variance = hybrid, which takes any levels"
+                f"{levels} is off by up to {float(off):.2g} of time: choose levels=uniform-time with levels.t_min="
+                f"{0.4 / self.steps:.1g} (UniformTime; at most {0.5 / self.steps:.2g}), fewer variance.steps, or "
+                "variance=hybrid, which takes any levels"
             )
 
     def __call__(self, plain: Tensor, error: Tensor, now: Level, schedule: Schedule, *v: Tensor) -> Tensor:
@@ -128,14 +127,14 @@ class VLB:
 
 
 def _check_steps(steps: int) -> None:
-    if steps < 2:
-        raise InputError(f"variance.steps must be at least 2, got {steps}")
+    require(2 <= steps <= 1_000_000, "variance.steps", steps, "from 2 to 1000000")
 
 
 def _check_table(schedule: Schedule, steps: int) -> None:
     if isinstance(schedule, Discrete) and schedule.T % steps:
         raise InputError(
-            f"variance.steps must divide the table's {schedule.T} levels, got {steps}: {schedule.T} are its own steps"
+            f"variance.steps must divide the table's {schedule.T} levels (schedule.T), got {steps}: give "
+            f"variance.steps={schedule.T}, its own steps, or schedule.T={steps}"
         )
 
 
