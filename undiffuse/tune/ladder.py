@@ -27,7 +27,7 @@ Plan = Tableau | Modal
 SLACK = 1.05  # by which RMS and 90th percentile, which few samples rule, may exceed those of the rung below
 VARIANCE = 0.02  # by which the variance kept may be off where that of the plan to beat is nearer
 PATHS, STEPS = 16, 60  # of the teacher of the grid
-PROBE = 0.25  # of the time, for each kind of family before the better one has the rest
+PROBE = 0.25  # of the evaluations of the loss, for each kind of family, before the better one has the rest
 
 
 def refusal(new: Errors, old: Errors, slack: float = 1.0) -> str:
@@ -106,12 +106,11 @@ class Report:
 
 
 def families(spectrum: Spectrum) -> dict[str, Family]:
-    """The families tried by default."""
-    return {
-        "spectral 3": Family(Spectral(order=3), spectrum),
-        "spectral 1": Family(Spectral(order=1), spectrum),
-        "dpmpp-2m": Family(DPMpp2M()),
-    }
+    """The families tried by default: with corrections they hold all others that are exact on the same data.
+
+    From order 1, whose tables depend on the levels least, gradients come further than from order 3.
+    """
+    return {"spectral 1": Family(Spectral(order=1), spectrum), "dpmpp-2m": Family(DPMpp2M())}
 
 
 class Start(NamedTuple):
@@ -184,9 +183,10 @@ def ladder(
     gives the plan that must be beaten (default: `spectral` on `SpectralGrid`). Rungs start from its levels, and from
     its coefficients in a family that has them: levels in closed form (plain families), levels from the paths of
     `PATHS` noises, then levels and corrections by gradient on `tuning` noises from the best so far with a spectrum and
-    the best without. A rung is kept where it wins (see `refusal`) on `held_out` other noises over the first plan and
-    over the rungs below; `fresh` others measure what was chosen. `reference` (default: that of `auto`) gives the ends.
-    Raises InputError for budgets < 1, fewer than 2 noises, and a first plan of another budget.
+    the best without; both see half of the noises, and the one that comes further has the rest of the time on all. A
+    rung is kept where it wins (see `refusal`) on `held_out` other noises over the first plan and over the rungs below;
+    `fresh` others measure what was chosen. `reference` (default: that of `auto`) gives the ends. Raises InputError for
+    budgets < 1, fewer than 2 noises, and a first plan of another budget.
     """
     if not nfe or min(nfe) < 1 or max(nfe) > STEPS or min(tuning, held_out, fresh) < 2:
         raise InputError(
@@ -241,31 +241,28 @@ def _fits(schedule: Schedule, levels: Levels) -> bool:
 
 
 def _gradients(climb: _Climb, schedule: Schedule, seconds: float, iterations: int, save: bool) -> None:
-    """The gradient rung: the best start of each kind, with a spectrum and without, then the better of the two."""
+    """The gradient rung: the best start of each kind, with a spectrum and without, on half of the noises; then the one
+    that comes further on all of them."""
     kinds: dict[bool, Start] = {}
     for start in sorted(climb.starts, key=lambda start: start.tuned.median):
         kinds.setdefault(start.family.spectrum is None, start)
+    half = climb.tuning.part(range((len(climb.tuning.indices) + 1) // 2))
 
-    def tuned(start: Start, part: float) -> tuple[Start, Tuned]:
+    def tuned(start: Start, ends: Ends, part: float) -> tuple[Start, Tuned]:
+        evaluations = max(1, round(part * iterations))
         found = tune_coefficients(
-            start.family,
-            climb.tuning,
-            schedule,
-            start.levels,
-            corrections=start.corrections,
-            seconds=part * seconds,
-            iterations=max(1, round(part * iterations)),
-            save=save,
-        )
+            start.family, ends, schedule, start.levels,
+            corrections=start.corrections, seconds=part * seconds, iterations=evaluations, save=save,
+        )  # fmt: skip
         return start._replace(levels=found.levels, corrections=found.corrections), found
 
-    probed = [tuned(start, PROBE) for start in kinds.values()]
+    probed = [tuned(start, half, PROBE) for start in kinds.values()]
     best, before = min(probed, key=lambda pair: pair[1].after)
-    more, after = tuned(best, 1 - PROBE * len(probed))
-    spent = before.seconds + after.seconds
+    more, after = tuned(best, climb.tuning, 1 - PROBE * len(probed))
     for start, found in probed:
         if start is not best:
             climb.attempt(start.name, "gradient", start.family, start.levels, start.corrections, found.seconds)
+    spent = before.seconds + after.seconds
     climb.attempt(more.name, "gradient", more.family, more.levels, more.corrections, spent)
 
 
