@@ -36,7 +36,7 @@ from undiffuse import (
 )
 from undiffuse.grid import Restart
 from undiffuse.tune.coefficients import Ends, Errors, endpoint, tune_coefficients
-from undiffuse.tune.family import Family, Spacing, assembled
+from undiffuse.tune.family import Family, Spacing, assembled, between, levels_of
 from undiffuse.tune.gaussian import Modes, gaussian_error, tune_gaussian
 from undiffuse.tune.ladder import VARIANCE, families, ladder, refusal
 from undiffuse.tune.trajectory import Paths, jump_costs, shortest, tune_trajectory
@@ -183,6 +183,41 @@ def test_a_family_holds_all_plans_that_integrate_exactly_what_it_does():
     assert [plain.corrections(plan) for plan in outside] == [None] * 3
     others = (inside[0], spectral(LOW, levels), spectral(SPREAD, levels, groups=2))
     assert [modal.corrections(plan) for plan in others] == [None] * 3
+
+
+@pytest.mark.parametrize("name", ["2m", "modal"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_plans_between_two_guidances_are_exact_where_both_are(name, schedule):
+    family, schedule = FAMILIES[name], SCHEDULES[schedule]
+    ends = [
+        (UniformLam(lam_max=lam)(schedule, 4), random_corrections(family, 4, seed))
+        for seed, lam in ((0, 3.0), (1, 4.0))
+    ]
+    plans = {w: family.plan(*end) for w, end in zip((2.0, 5.0), ends, strict=True)}
+    x, data = (
+        float(ends[0][0][0].sigma) * torch.randn(3, 6, generator=torch.Generator().manual_seed(3), dtype=D64),
+        SPREAD,
+    )
+    for w, due in plans.items():
+        same = between(family, schedule, plans, w)
+        assert torch.allclose(same.run(Gaussian(data), x), due.run(Gaussian(data), x), rtol=1e-8, atol=1e-10)
+    plan = between(family, schedule, plans, 3.0)
+    lams = [[float(level.lam) for level in levels_of(p)[1:-1]] for p in (plans[2.0], plan, plans[5.0])]
+    assert all(math.isclose(m, (2 * low + high) / 3, rel_tol=1e-9) for low, m, high in zip(*lams, strict=True))
+    if name == "modal":
+        assert torch.allclose(plan.gaussian(exact_start=True).variances, data.variances, rtol=1e-8)
+    else:
+        c = torch.tensor([0.3, -2.0], dtype=D64)
+        alpha, sigma = plan.start
+        end = plan.run(lambda x, level, /: c.expand_as(x), (alpha * c + sigma).expand(1, 2))
+        assert torch.allclose(end, c, atol=1e-9)
+    for w in (1.9, 5.1):
+        with pytest.raises(InputError, match="say nothing"):
+            between(family, schedule, plans, w)
+    with pytest.raises(InputError, match="of the family"):
+        between(family, schedule, {2.0: plans[2.0], 5.0: trace(Heun(), UniformLam()(schedule, 2))}, 3.0)
+    with pytest.raises(InputError, match="as many"):
+        between(family, schedule, {2.0: plans[2.0], 5.0: family.plan(UniformLam()(schedule, 5))}, 3.0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
