@@ -38,7 +38,7 @@ from undiffuse.tune.ladder import Plan, ladder  # noqa: E402
 NFE = (5, 6, 8, 10)
 NAMES = ("ring", "digits", "digits-w7.5", "patches")
 GOALS = {"unguided": (0.30, 0.30, 0.40, 0.40), "w = 7.5": (0.33, 0.25, 0.30, 0.60)}
-ITERATIONS = {2: 200, 64: 200, 3072: 100}  # evaluations of the loss by dimension: about 90 s of a core at most
+ITERATIONS = 200  # evaluations of the loss in a cell; seconds would make figures hang on the load
 
 
 def code() -> str:
@@ -70,7 +70,7 @@ def cell(store: Store, target: Target, name: str, nfe: int) -> Record:
         plans, _ = shortlist(schedule, nfe, spectrum)
         found = ladder(
             bind, target.shape, schedule, (nfe,), spectrum, first=lambda n: plans[chosen], seconds=math.inf,
-            iterations=ITERATIONS[target.dim], tuning=32, seed=1, save=False,
+            iterations=ITERATIONS, seed=1, save=False,
         ).results[nfe]  # fmt: skip
         cpu, truth = time.process_time() - clock, reference(target, name, schedule)
 
