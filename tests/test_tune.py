@@ -36,7 +36,7 @@ from undiffuse import (
 )
 from undiffuse.grid import Restart
 from undiffuse.tune.coefficients import Ends, Errors, endpoint, tune_coefficients
-from undiffuse.tune.family import Family, Spacing, assembled
+from undiffuse.tune.family import Family, Spacing, assembled, between, levels_of
 from undiffuse.tune.gaussian import Modes, gaussian_error, tune_gaussian
 from undiffuse.tune.ladder import VARIANCE, families, ladder, refusal
 from undiffuse.tune.trajectory import Paths, jump_costs, shortest, tune_trajectory
@@ -183,6 +183,41 @@ def test_a_family_holds_all_plans_that_integrate_exactly_what_it_does():
     assert [plain.corrections(plan) for plan in outside] == [None] * 3
     others = (inside[0], spectral(LOW, levels), spectral(SPREAD, levels, groups=2))
     assert [modal.corrections(plan) for plan in others] == [None] * 3
+
+
+@pytest.mark.parametrize("name", ["2m", "modal"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_plans_between_two_guidances_are_exact_where_both_are(name, schedule):
+    family, schedule = FAMILIES[name], SCHEDULES[schedule]
+    ends = [
+        (UniformLam(lam_max=lam)(schedule, 4), random_corrections(family, 4, seed))
+        for seed, lam in ((0, 3.0), (1, 4.0))
+    ]
+    plans = {w: family.plan(*end) for w, end in zip((2.0, 5.0), ends, strict=True)}
+    x, data = (
+        float(ends[0][0][0].sigma) * torch.randn(3, 6, generator=torch.Generator().manual_seed(3), dtype=D64),
+        SPREAD,
+    )
+    for w, due in plans.items():
+        same = between(family, schedule, plans, w)
+        assert torch.allclose(same.run(Gaussian(data), x), due.run(Gaussian(data), x), rtol=1e-8, atol=1e-10)
+    plan = between(family, schedule, plans, 3.0)
+    lams = [[float(level.lam) for level in levels_of(p)[1:-1]] for p in (plans[2.0], plan, plans[5.0])]
+    assert all(math.isclose(m, (2 * low + high) / 3, rel_tol=1e-9) for low, m, high in zip(*lams, strict=True))
+    if name == "modal":
+        assert torch.allclose(plan.gaussian(exact_start=True).variances, data.variances, rtol=1e-8)
+    else:
+        c = torch.tensor([0.3, -2.0], dtype=D64)
+        alpha, sigma = plan.start
+        end = plan.run(lambda x, level, /: c.expand_as(x), (alpha * c + sigma).expand(1, 2))
+        assert torch.allclose(end, c, atol=1e-9)
+    for w in (1.9, 5.1):
+        with pytest.raises(InputError, match="say nothing"):
+            between(family, schedule, plans, w)
+    with pytest.raises(InputError, match="of the family"):
+        between(family, schedule, {2.0: plans[2.0], 5.0: trace(Heun(), UniformLam()(schedule, 2))}, 3.0)
+    with pytest.raises(InputError, match="as many"):
+        between(family, schedule, {2.0: plans[2.0], 5.0: family.plan(UniformLam()(schedule, 5))}, 3.0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -376,9 +411,9 @@ def test_the_variance_kept_is_that_of_the_ends():
 
 
 def test_a_win_needs_every_measure():
-    old = Errors(1.0, 2.0, 3.0, 0.95)
-    assert not refusal(Errors(0.9, 2.0, 3.0, 1.05), old)
-    assert not refusal(Errors(0.9, 2.0, 3.0, 1.0 - 0.99 * VARIANCE), Errors(1.0, 2.0, 3.0, 1.0))
+    first = Errors(1.0, 2.0, 3.0, 0.95)
+    assert not refusal(Errors(0.9, 2.0, 3.0, 1.05), first, first)
+    assert not refusal(Errors(0.9, 2.0, 3.0, 1.0 - 0.99 * VARIANCE), first._replace(kept=1.0), first)
     for new, word in (
         (Errors(1.0, 1.0, 1.0, 1.0), "median"),
         (Errors(0.9, 2.01, 1.0, 1.0), "RMS"),
@@ -388,8 +423,11 @@ def test_a_win_needs_every_measure():
         (Errors(0.9, 1.0, 1.0, 1.06), "adds variance"),
         (Errors(0.9, 1.0, 1.0, math.nan), "variance"),
     ):
-        assert word in refusal(new, old)
-    assert not refusal(Errors(0.9, 2.08, 3.1, 1.0), old, 1.05)
+        assert word in refusal(new, first, first)
+    best = Errors(0.5, 1.0, 1.0, 1.0)
+    assert not refusal(Errors(0.2, 1.5, 1.5, 1.0), first, best)
+    assert not refusal(Errors(0.6, 0.5, 1.0, 1.0), first, best)
+    assert "below" in refusal(Errors(0.6, 1.0, 1.0, 1.0), first, best)
 
 
 @pytest.mark.parametrize("name", ["plain", "spectral"])
@@ -495,9 +533,9 @@ def test_the_ladder_starts_from_the_plan_to_beat(name):
     assert result.first is plan
     assert result.rungs[0].held_out == Ends.draw(bind, range(16, 48), (2,), accurate, 80.0).errors(plan.run, levels[0])
     kept = [rung.held_out for rung in result.rungs if rung.kept]
-    assert all(not refusal(new, kept[0]) for new in kept[1:])
+    assert all(not refusal(new, kept[0], old) for old, new in itertools.pairwise(kept))
     with_levels = {rung.family for rung in result.rungs if rung.name == "levels"}
-    due = {"ipndm": {"spectral 3", "spectral 1"}, "spectral 2": {"dpmpp-2m"}}
+    due = {"ipndm": {"spectral 1", "spectral 3"}, "spectral 2": {"dpmpp-2m"}}
     assert with_levels == due.get(name, set(families(OVERALL)))
 
 

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -278,13 +277,10 @@ class Model:
         """
         if guidance is not None:
             self._needs_classes()
-        guide = (
-            CFG(1.0 if guidance is None else float(guidance)) if isinstance(guidance, float | int | None) else guidance
-        )
 
         def bind(indices: Sequence[int]) -> Denoise:
-            cond = None if guidance is None else self.cond([k % self.classes for k in indices], len(indices))
-            return guide(self.denoiser, cond)
+            labels = None if guidance is None else [k % self.classes for k in indices]
+            return self.bind(labels, len(indices), 1.0 if guidance is None else guidance)
 
         return ladder(
             bind,
@@ -300,10 +296,13 @@ class Model:
             progress=progress,
         )
 
-    def bind(self, label: int | Sequence[int] | Tensor | None, n: int, w: float = 1.0) -> Any:
+    def bind(self, label: int | Sequence[int] | Tensor | None, n: int, guidance: Guidance | float = 1.0) -> Denoise:
         """The denoiser for n samples with label and guidance bound: what `trajectory` and `Tableau.run` take."""
         cond = self.cond(label, n)
-        return CFG(w if cond is not None else 1.0)(self.denoiser, cond)
+        if cond is None:
+            return CFG()(self.denoiser, None)
+        guide = guidance if callable(guidance) else CFG(float(guidance))
+        return guide(self.denoiser, cond.to(self.device))
 
     def save(self, folder: Path) -> None:
         """Write a model folder: complete, with hashes, or not at all."""

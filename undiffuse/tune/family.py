@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -221,3 +221,22 @@ def assembled(levels: Sequence[Level], points: Tensor, out: Tensor, name: str = 
 def levels_of(plan: Tableau | Modal) -> Levels:
     """The levels of a plan's evaluations, and that of its end."""
     return (*plan.levels, Level(*(plan.tables[0] if isinstance(plan, Modal) else plan).end))
+
+
+def between(family: Family, schedule: Schedule, plans: Mapping[float, Tableau | Modal], w: float) -> Tableau | Modal:
+    """The plan for guidance w from the family's `plans` by guidance: levels in lam and corrections linear in w.
+
+    What the family integrates exactly, so does this plan, as no mean of coefficients would. Tune the plans one from
+    another (`first` of the ladder), so that they are near enough. Raises InputError for w outside their range, and for
+    plans that are not of the family or have different numbers of evaluations.
+    """
+    below, above = max((v for v in plans if v <= w), default=None), min((v for v in plans if v >= w), default=None)
+    if below is None or above is None:
+        raise InputError(f"plans for w = {', '.join(map(str, sorted(plans)))} say nothing of w = {w}: tune one for it")
+    a, b = (family.corrections(plans[v]) for v in (below, above))
+    if a is None or b is None or a.shape != b.shape:
+        raise InputError("plans to interpolate must be of the family and have as many evaluations as each other")
+    share = (w - below) / (above - below) if above > below else 0.0
+    first, *inner, clean = zip(*(levels_of(plans[v]) for v in (below, above)), strict=True)
+    levels = (Level.at(torch.lerp(low.lam, high.lam, share), schedule.space) for low, high in inner)
+    return family.plan((first[0], *levels, clean[0]), torch.lerp(a, b, share), f"{plans[below].name}, w = {w:g}")

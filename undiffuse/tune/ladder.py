@@ -24,24 +24,31 @@ from undiffuse.tune.trajectory import Paths, jump_costs, shortest
 from undiffuse.types import InputError
 
 Plan = Tableau | Modal
-SLACK = 1.05  # by which RMS and 90th percentile, which few samples rule, may exceed those of the rung below
 VARIANCE = 0.02  # by which the variance kept may be off where that of the plan to beat is nearer
 PATHS, STEPS = 16, 60  # of the teacher of the grid
-PROBE = 0.25  # of the time, for each kind of family before the better one has the rest
+PROBE = 0.25  # of the evaluations of the loss, for each kind of family, before the better one has the rest
 
 
-def refusal(new: Errors, old: Errors, slack: float = 1.0) -> str:
-    """Why held-out errors do not win, empty where they do: a lower median; RMS and 90th percentile at most `slack`
-    times as high; and the variance kept, on which nothing is tuned, as near to 1 as before or within `VARIANCE`."""
-    if not new.median < old.median:
+def refusal(new: Errors, first: Errors, best: Errors) -> str:
+    """Why held-out errors do not win over those of the plan to beat and of the best so far; empty where they do.
+
+    They must have a lower median than `first`, no higher RMS or 90th percentile, and a variance kept, on which nothing
+    is tuned, as near to 1 or within `VARIANCE`; and a lower product of the three errors than `best`.
+    """
+    if not new.median < first.median:
         return "its median error is not lower"
-    for name, a, b in (("RMS error", new.rms, old.rms), ("90th percentile", new.high, old.high)):
-        if not a <= slack * b:
+    for name, a, b in (("RMS error", new.rms, first.rms), ("90th percentile", new.high, first.high)):
+        if not a <= b:
             return f"its {name} is higher"
-    if not abs(new.kept - 1) <= max(abs(old.kept - 1), VARIANCE):
+    if not abs(new.kept - 1) <= max(abs(first.kept - 1), VARIANCE):
         verb = "adds" if new.kept > 1 else "loses"
-        return f"it {verb} variance: {new.kept:.3f} of the reference's against {old.kept:.3f}"
-    return ""
+        return f"it {verb} variance: {new.kept:.3f} of the reference's against {first.kept:.3f}"
+    return "" if best == first or merit(new) < merit(best) else "a rung below is better"
+
+
+def merit(errors: Errors) -> float:
+    """The product of median, RMS and 90th percentile: one of them alone would be too noisy, or miss the tail."""
+    return errors.median * errors.rms * errors.high
 
 
 class Rung(NamedTuple):
@@ -107,22 +114,26 @@ class Report:
 
 
 def families(spectrum: Spectrum) -> dict[str, Family]:
-    """The families tried by default."""
+    """The families tried by default; gradients start from the best of a kind and go on in the first of it.
+
+    With corrections it holds all the others. From order 1, whose tables depend on the levels least, gradients come
+    further than from order 3.
+    """
     return {
-        "spectral 3": Family(Spectral(order=3), spectrum),
         "spectral 1": Family(Spectral(order=1), spectrum),
+        "spectral 3": Family(Spectral(order=3), spectrum),
         "dpmpp-2m": Family(DPMpp2M()),
     }
 
 
 class Start(NamedTuple):
-    """Where gradients may start: a family's levels and corrections, and their errors on the noise to tune on."""
+    """Where gradients may start: a family's levels and corrections, and the median error on the noise to tune on."""
 
     name: str
     family: Family
     levels: Levels
     corrections: Tensor | None
-    tuned: Errors
+    median: float
 
 
 @dataclass(eq=False)
@@ -138,23 +149,23 @@ class _Climb:
     starts: list[Start] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        tuned, self.zero = (ends.errors(self.first.run, self.levels[0]) for ends in (self.tuning, self.held_out))
-        self.best, self.lead = self.zero, tuned
-        self.rungs.append(Rung(self.first.name, "first", tuned, self.zero, "", 0.0))
+        self.tuned, self.zero = (ends.errors(self.first.run, self.levels[0]) for ends in (self.tuning, self.held_out))
+        self.best = self.zero
+        self.rungs.append(Rung(self.first.name, "first", self.tuned, self.zero, "", 0.0))
 
     def attempt(
         self, name: str, rung: str, family: Family, levels: Levels, corrections: Tensor | None, seconds: float = 0.0
     ) -> None:
         """Measure a rung, keep it where it wins over the rung below and over the first, and note it as a start."""
-        run, held_out = family.plan(levels, corrections).run, None
-        start = Start(name, family, levels, corrections, self.tuning.errors(run, levels[0]))
-        why = refusal(start.tuned, self.lead, float("inf")) and "it is worse on the noise to tune on"
-        if start.tuned.median < self.lead.median:
+        run, held_out, why = family.plan(levels, corrections).run, None, "it is worse on the noise to tune on"
+        tuned = self.tuning.errors(run, levels[0])
+        start = Start(name, family, levels, corrections, tuned.median)
+        if tuned.median < self.tuned.median:
             held_out = self.held_out.errors(run, levels[0])
-            why = refusal(held_out, self.zero) or refusal(held_out, self.best, SLACK)
+            why = refusal(held_out, self.zero, self.best)
             if not why:
-                self.kept, self.best, self.lead = start, held_out, start.tuned
-        self.rungs.append(Rung(name, rung, start.tuned, held_out, why, seconds))
+                self.kept, self.best = start, held_out
+        self.rungs.append(Rung(name, rung, tuned, held_out, why, seconds))
         self.starts.append(start)
 
 
@@ -183,11 +194,12 @@ def ladder(
 
     `bind(indices)` is the denoiser of samples of `shape` with these numbers, condition and guidance bound. `first`
     gives the plan that must be beaten (default: `spectral` on `SpectralGrid`). Rungs start from its levels, and from
-    its coefficients in a family that has them: levels in closed form (plain families), levels from the paths of
+    its coefficients in a family that has them: levels from the spectrum in closed form, levels from the paths of
     `PATHS` noises, then levels and corrections by gradient on `tuning` noises from the best so far with a spectrum and
-    the best without. A rung is kept where it wins (see `refusal`) on `held_out` other noises over the first plan and
-    over the rungs below; `fresh` others measure what was chosen. `reference` (default: that of `auto`) gives the ends.
-    Raises InputError for budgets < 1, fewer than 2 noises, and a first plan of another budget.
+    the best without; both see half of the noises, and the one that comes further has the rest of the time on all. A
+    rung is kept where it wins (see `refusal`) on `held_out` other noises over the first plan and over the rungs below;
+    `fresh` others measure what was chosen. `reference` (default: that of `auto`) gives the ends. Raises InputError for
+    budgets < 1, fewer than 2 noises, and a first plan of another budget.
     """
     if not nfe or min(nfe) < 1 or max(nfe) > STEPS or min(tuning, held_out, fresh) < 2:
         raise InputError(
@@ -219,15 +231,17 @@ def ladder(
         for name, family in tried.items():
             corrections = family.corrections(plan) if fits else None
             if corrections is not None:
-                climb.starts.append(Start(name, family, climb.levels, corrections, climb.rungs[0].tuned))
+                climb.starts.append(Start(name, family, levels, corrections, climb.tuned.median))
             else:
                 climb.attempt(name, "levels", family, climb.levels, None)
+            clock = time.monotonic()
             if family.spectrum is None:
-                clock = time.monotonic()
-                closed = tune_gaussian(family, schedule, n, spectrum, climb.levels)
-                climb.attempt(name, "spectrum", family, closed.levels, None, time.monotonic() - clock)
+                closed = tune_gaussian(family, schedule, n, spectrum, climb.levels).levels
+            else:
+                closed = grid(schedule, n)
+            climb.attempt(name, "spectrum", family, closed, None, time.monotonic() - clock)
             climb.attempt(name, "paths", family, tuple(paths.levels[i] for i in ways[name][n]), None)
-        _gradients(climb, schedule, seconds, iterations, save)
+        _gradients(climb, tried, schedule, seconds, iterations, save)
         results[n] = _result(climb, new)
         if progress is not None:
             progress(str(results[n]))
@@ -243,32 +257,36 @@ def _fits(schedule: Schedule, levels: Levels) -> bool:
     return True
 
 
-def _gradients(climb: _Climb, schedule: Schedule, seconds: float, iterations: int, save: bool) -> None:
-    """The gradient rung: the best start of each kind, with a spectrum and without, then the better of the two."""
+def _gradients(
+    climb: _Climb, tried: dict[str, Family], schedule: Schedule, seconds: float, iterations: int, save: bool
+) -> None:
+    """The gradient rung: the best start of each kind, with a spectrum and without, on half of the noises; then the one
+    that comes further on all of them."""
     kinds: dict[bool, Start] = {}
-    for start in sorted(climb.starts, key=lambda start: start.tuned.median):
+    for start in sorted(climb.starts, key=lambda start: start.median):
         kinds.setdefault(start.family.spectrum is None, start)
+    for kind, start in kinds.items():  # the same plan in the first family of its kind
+        name, family = next(item for item in tried.items() if (item[1].spectrum is None) == kind)
+        corrections = family.corrections(start.family.plan(start.levels, start.corrections))
+        if corrections is not None:
+            kinds[kind] = start._replace(name=name, family=family, corrections=corrections)
+    half = climb.tuning.part(range((len(climb.tuning.indices) + 1) // 2))
 
-    def tuned(start: Start, part: float) -> tuple[Start, Tuned]:
+    def tuned(start: Start, ends: Ends, part: float) -> tuple[Start, Tuned]:
+        evaluations = max(1, round(part * iterations))
         found = tune_coefficients(
-            start.family,
-            climb.tuning,
-            schedule,
-            start.levels,
-            corrections=start.corrections,
-            seconds=part * seconds,
-            iterations=max(1, round(part * iterations)),
-            save=save,
-        )
+            start.family, ends, schedule, start.levels,
+            corrections=start.corrections, seconds=part * seconds, iterations=evaluations, save=save,
+        )  # fmt: skip
         return start._replace(levels=found.levels, corrections=found.corrections), found
 
-    probed = [tuned(start, PROBE) for start in kinds.values()]
+    probed = [tuned(start, half, PROBE) for start in kinds.values()]
     best, before = min(probed, key=lambda pair: pair[1].after)
-    more, after = tuned(best, 1 - PROBE * len(probed))
-    spent = before.seconds + after.seconds
+    more, after = tuned(best, climb.tuning, 1 - PROBE * len(probed))
     for start, found in probed:
         if start is not best:
             climb.attempt(start.name, "gradient", start.family, start.levels, start.corrections, found.seconds)
+    spent = before.seconds + after.seconds
     climb.attempt(more.name, "gradient", more.family, more.levels, more.corrections, spent)
 
 

@@ -53,7 +53,7 @@ def jump_costs(family: Family, paths: Paths) -> Tensor:
     direction's variance (without a spectrum: the mean square of the paths' ends) carries it to the end.
     """
     levels, m = paths.levels, len(paths.levels) - 1
-    x, x0 = paths.x.flatten(2).double(), paths.x0.flatten(2).double()
+    x, x0 = paths.x.flatten(2).double().cpu(), paths.x0.flatten(2).double().cpu()
     d = x.shape[2]
     group = torch.zeros(d, dtype=torch.long)
     variance = x[-1].square().mean()[None]
