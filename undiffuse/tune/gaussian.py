@@ -186,7 +186,7 @@ def tune_kept(
         u = torch.cat([values[group == g], family.variances[g : g + 1]] if bool((group == g).any()) else [values])
         u = u.clamp(min=floor).log()
         ranges.append(
-            torch.linspace(float(u.min()) - width, float(u.max()) + width, 96 if len(group.unique()) == 1 else 24)
+            torch.linspace(float(u.min()) - width, float(u.max()) + width, 96 if len(family.variances) == 1 else 24)
         )
     variance = torch.stack(ranges).double().exp()
     spacing = Spacing.around(schedule, start)
