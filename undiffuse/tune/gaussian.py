@@ -11,13 +11,16 @@ from torch import Tensor
 
 from undiffuse.grid import Grid, Levels, UniformLam
 from undiffuse.level import Level
-from undiffuse.modal import Modal, counted, grouped
+from undiffuse.modal import Modal, SpectralGrid, counted, grouped
 from undiffuse.schedule import Schedule
+from undiffuse.solvers import Spectral
 from undiffuse.spectrum import Spectrum
 from undiffuse.tableau import Tableau
 from undiffuse.tune.family import Family, Spacing, assembled
 from undiffuse.types import InputError
 
+WIDTH = 1.0  # in log variance: how far from the fitted ones the variances of other data of this kind may lie
+ORDERS = (4, 32)  # of the norms over variances: the second is near the maximum
 MODES = 48  # groups of directions of similar variance in which an error is summed
 
 
@@ -135,3 +138,86 @@ def tune_gaussian(
         optimiser.step(closure)  # type: ignore[no-untyped-call]
     levels = spacing.levels(kept[0]) if steps > 1 else tuple(start)
     return Closed(levels, kept[1] if coefficients else None, before, best)
+
+
+def gains(levels: Sequence[Level], points: Tensor, out: Tensor, variance: Tensor) -> Tensor:
+    """What deterministic tables (groups, ...) of a `Family` make of unit noise at the first level, for centred Gaussian
+    data of each variance (groups, k): the std of the output, with its sign; differentiable."""
+    known = [torch.ones_like(variance)]
+    for i, level in enumerate(levels[:-1]):
+        point = torch.stack([points[:, i, j, None] * known[j] for j in range(i + 1)]).sum(0)
+        known.append(level.alpha * variance / (level.alpha**2 * variance + level.sigma**2) * point)
+    std: Tensor = levels[0].sigma * (torch.stack(known, -1) * out[:, None]).sum(-1)
+    return std
+
+
+def tune_kept(
+    family: Family,
+    schedule: Schedule,
+    steps: int,
+    spectrum: Spectrum,
+    grid: Grid | Sequence[Level] | None = None,
+    *,
+    least: float = 0.0,
+    width: float = WIDTH,
+    iterations: int = 150,
+) -> Closed:
+    """Levels and corrections of a plain solver that keep the variance of Gaussian data, for all spectra near this one.
+
+    What a table keeps of a variance depends on the variance alone: so a table that keeps all in a range holds for every
+    spectrum in it. The range of each group reaches from its least variance, that is at least `least` (below which
+    nothing is seen, such as the rounding of the data), to its largest, and by `width` in log variance beyond; the
+    errors in `Closed` are the largest |kept - 1| there. L-BFGS on norms of log kept, from `grid` (default:
+    `SpectralGrid`). One table of n evaluations can approximate the root of the variance no better than a rational
+    function can (Zolotarev): on a range of ratio K to about 8 exp(-2 pi^2 (n - 1) / log(16 K)), the first evaluation
+    being of noise alone. Raises InputError for `Spectral`, which is exact on the fitted spectrum alone, and a grid that
+    does not fall from the schedule's noisiest level to clean data.
+    """
+    if isinstance(family.solver, Spectral):
+        raise InputError("tune_kept fits plain solvers, such as DPMpp2M: Spectral is made for one spectrum")
+    start = grid if isinstance(grid, Sequence) else (grid or SpectralGrid(spectrum))(schedule, steps)
+    if len(start) != steps + 1:
+        raise InputError(f"{steps} steps need {steps + 1} levels, got {len(start)}")
+    values, _ = counted(spectrum)
+    floor = max(least, 1e-12 * float(values.max()))
+    group = family.group if family.spectrum is not None else torch.zeros(len(values), dtype=torch.long)
+    ranges = []
+    for g in range(len(family.variances)):
+        u = torch.cat([values[group == g], family.variances[g : g + 1]] if bool((group == g).any()) else [values])
+        u = u.clamp(min=floor).log()
+        ranges.append(
+            torch.linspace(float(u.min()) - width, float(u.max()) + width, 96 if len(family.variances) == 1 else 24)
+        )
+    variance = torch.stack(ranges).double().exp()
+    spacing = Spacing.around(schedule, start)
+    place = spacing.parameters(start).requires_grad_()
+    change = torch.zeros(len(variance), steps, steps, dtype=torch.float64).requires_grad_()
+    free, kept, best, before = [place, change], [place.detach(), change.detach()], math.inf, math.inf
+
+    def off() -> Tensor:
+        levels = spacing.levels(place)
+        return gains(levels, *family.tables(levels, change), variance) / variance.sqrt() - 1
+
+    for order in ORDERS:
+        optimiser = torch.optim.LBFGS(
+            free, max_iter=iterations, max_eval=iterations, history_size=60, tolerance_grad=0, tolerance_change=0,
+            line_search_fn="strong_wolfe",
+        )  # fmt: skip
+
+        def closure(order: int = order) -> Tensor:
+            nonlocal kept, best, before
+            error = off()
+            worst = float(((error.detach() + 1).square() - 1).abs().max())
+            before = worst if math.isinf(before) else before
+            if worst < best:
+                best, kept = worst, [p.detach().clone() for p in free]
+            scale = error.detach().abs().max()
+            loss = (error.abs().clamp(min=1e-12) / scale).pow(order).mean().log() / order + scale.log()
+            sound = bool(torch.isfinite(loss))
+            slopes = torch.autograd.grad(loss, free) if sound else [torch.zeros_like(p) for p in free]
+            for parameter, slope in zip(free, slopes, strict=True):
+                parameter.grad = slope
+            return loss.detach() if sound else torch.full_like(loss.detach(), 1e3)
+
+        optimiser.step(closure)  # type: ignore[no-untyped-call]
+    return Closed(spacing.levels(kept[0]), kept[1], before, best)
