@@ -151,7 +151,7 @@ def auto(
             part = slice(start, min(rows.stop, start + (batch or noises)))
             denoise = guide(counter, None if cond is None else cond[part].to(device))
             out.append(plan.run(denoise, plan.start[1] * z[part]))
-        return torch.cat(out).flatten(1).double()
+        return torch.cat(out).flatten(1).double().cpu()
 
     def tell(done: int) -> None:
         if progress is not None:
