@@ -121,6 +121,7 @@ FAMILIES = ("draws", "coupling", "variance", "optimiser", "augment", "ema", "wei
 def test_trains_with_every_choice(family, kind, tmp_path):
     levels = {"kind": "uniform-time", "t_min": 1e-4}
     more = {"head": {"kind": "eps"}, "schedule": {"kind": "ddpm"}, "levels": levels} if family == "variance" else {}
+    more |= {"data": {"flip": False}} if family == "augment" else {}
     config = settings(write_pictures(tmp_path), tmp_path / "run", **{family: {"kind": kind}}, **more)
     model = fit(config, processes=Processes.start("cuda")).model
     assert all(bool(p.isfinite().all()) for p in model.denoiser.parameters())

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.test_cli import put_model
-from undiffuse import Level, Model, read_plan
+from undiffuse import Level, Model, UniformLam, UniPC, read_plan, spectral, trace
 from undiffuse.plans import plan_for
-from undiffuse.tuning import stock, tune_run
+from undiffuse.tuning import judged_by, stock, tune_run
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,36 @@ def test_tuning_again_starts_from_the_plan_of_auto(tuned, tmp_path):
     found = tune_run(model, own, model.config, (2,), True, seconds=0.2)
     assert found.report.results[2].first.show() == first.show()
     assert plan_for(model, own, model.config, 2, True).plan.show() == found.report.results[2].plan.show()
+
+
+def test_noise_and_interval_are_decided_by_score_and_sampled_with(tuned, run, tmp_path):
+    own = shutil.copytree(tuned[0], tmp_path / "own")
+    code, out, err = run("tune", own, "--nfe", 2, "--seconds", 0.2, "--score", "--json", "guidance.w=3")
+    assert code == 0, err
+    facts = json.loads(out)["results"]["2"]
+    page = (own / "tune-w3" / "report.html").read_text()
+    assert "Noise and guidance intervals, 2 evaluations" in page
+    assert facts["by score"] in page
+    assert "w 3 below 3 std" in page
+    assert "ddim eta 0.3" in page
+    words = facts["words"].split()
+    code, out, err = run("sample", own, "--nfe", 2, "-n", 2, "--label", 1, "--json", *words)
+    assert code == 0, err
+    found = json.loads(out)["plan"]
+    assert found["file"] == facts["file"]
+    assert "rows" not in found
+    kept = read_plan(facts["file"])
+    assert bool(kept.tuned_on) == (facts["by score"] != "the plan, guidance as it was")
+
+
+@pytest.mark.parametrize("modal", [False, True])
+def test_a_plan_chosen_by_features_says_so(tuned, modal):
+    model = Model.load(tuned[0])
+    levels = UniformLam()(model.schedule, 3)
+    plan = spectral(model.spectrum, levels) if modal else trace(UniPC(2), levels)
+    judged = judged_by(judged_by(plan, "abc"), "def")
+    assert (tuple(plan.tuned_on), tuple(judged.tuned_on)) == ((), ("abc", "def"))
+    assert judged.show() == plan.show()
 
 
 @pytest.mark.parametrize(

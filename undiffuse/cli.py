@@ -363,6 +363,9 @@ def tune(
     unconditional: Annotated[
         bool, typer.Option("--unconditional", help="for samples without a label; else, where there are classes, with")
     ] = False,
+    score: Annotated[
+        bool, typer.Option("--score", help="then choose noise and guidance interval by distance to held-out data")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="where plans and report go; default: the run's own folder")] = None,
     ema: AverageOf = None,
     as_json: AsJson = False,
@@ -386,8 +389,12 @@ def tune(
     if out is None and comes_along(run_folder(run)):
         out = _own_folder(run, "tuned")
     labels = bool(model.classes) and not unconditional
+
+    def tell(text: str) -> None:
+        notes.print(text, soft_wrap=True, markup=False)
+
     found = tune_run(
-        model, run, config, budgets, labels, seconds=seconds, out=out, progress=None if as_json else notes.print
+        model, run, config, budgets, labels, seconds=seconds, score=score, out=out, progress=None if as_json else tell
     )
     kept = "".join(f"\n{n} evaluations: {path}" for n, path in found.plans.items())
     _say(as_json, found.facts, f"{found.report.seconds:.0f} s; report: {found.page}{kept}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,10 @@ from torch import Tensor
 
 from undiffuse import plot
 from undiffuse.config import Config
+from undiffuse.evals import extract, open_features
+from undiffuse.evals.distances import frechet
+from undiffuse.evaluation.open import data_of_run
+from undiffuse.guide import CFG, Guidance
 from undiffuse.level import Level
 from undiffuse.modal import Modal
 from undiffuse.model import Model, run_folder
@@ -19,7 +25,7 @@ from undiffuse.plans import TUNED, keep, own, plan_for, plan_name
 from undiffuse.solvers import DPMpp2M
 from undiffuse.tableau import Tableau, trace
 from undiffuse.train import commit
-from undiffuse.tune import Errors, Report, reference
+from undiffuse.tune import Errors, Report, Scored, by_score, drawing, intervals, noisy, reference, ways
 from undiffuse.types import InputError
 
 Plan = Tableau | Modal
@@ -35,6 +41,7 @@ class Tuned:
     stock: dict[int, Errors]
     plans: dict[int, Path]
     page: Path
+    decided: dict[int, Decision]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -44,6 +51,8 @@ class Tuned:
             errors = {"stock": self.stock[n], "auto": result.start, "tuned": result.chosen}
             rows[n] = {"plan": result.plan.name, "file": str(self.plans[n])}
             rows[n] |= {name: error._asdict() for name, error in errors.items()}
+            if n in self.decided:
+                rows[n] |= {"by score": self.decided[n].scored.chosen, "words": self.decided[n].words}
         return {"results": rows, "seconds": round(self.report.seconds, 1), "report": str(self.page)}
 
 
@@ -55,14 +64,16 @@ def tune_run(
     labels: bool,
     *,
     seconds: float = 120.0,
+    score: bool = False,
     out: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Tuned:
     """Plans of `nfe` evaluations for a run sampled as `config` says, with labels or without, better on noise that was
     not used than those of `auto`, or these; kept in `out`, by default the run's own folder, where `sample` finds them.
 
-    Each takes about `seconds` of gradient steps. The report is in the folder tune/ beside. Raises InputError for bad
-    budgets, and for a folder that may not be written to.
+    Each takes about `seconds` of gradient steps. `score` then asks whether noise or a guidance interval is better for
+    this model (see `decide`). The report is in the folder tune/ beside. Raises InputError for bad budgets, and for a
+    folder that may not be written to.
     """
     folder = Path(out) if out is not None else run_folder(run)
     if not nfe or len(set(nfe)) < len(nfe):
@@ -75,21 +86,96 @@ def tune_run(
 
     def first(n: int) -> Plan:
         kept = plan_for(model, run, config, n, labels)
-        return used.auto(n, guidance=guidance).plan if kept.plan.name.endswith(TUNED) else kept.plan
+        ours = kept.plan.name.endswith(TUNED) or kept.plan.draws or kept.plan.tuned_on
+        return used.auto(n, guidance=guidance).plan if ours else kept.plan
 
     report = used.tune(nfe, guidance=guidance, first=first, seconds=seconds, progress=progress)
     folder.mkdir(parents=True, exist_ok=True)
     plans = {n: folder / plan_name(model, config, n, labels) for n in nfe}
     for n, path in plans.items():
         keep(report.results[n].plan, path)
+    decided = dict[int, Decision]()
+    for n in nfe if score else ():
+        decided[n] = decide(used, run_folder(run), report.results[n].plan, labels)
+        plans[n] = folder / plan_name(model, decided[n].config, n, labels)
+        keep(decided[n].plan, plans[n])
+        if progress is not None:
+            progress(str(decided[n]))
     stocks = {n: stock(config, n) for n in nfe}
     name = plan_name(model, config, 0, labels).removeprefix("plan-0").removesuffix(".safetensors")
     page = folder / f"tune{name}" / "report.html"
     found = Tuned(
-        report, {n: report.fresh.errors(plan.run, Level(*plan.start)) for n, plan in stocks.items()}, plans, page
+        report,
+        {n: report.fresh.errors(plan.run, Level(*plan.start)) for n, plan in stocks.items()},
+        plans,
+        page,
+        decided,
     )
     commit(page.parent, lambda aside: _write(found, used, stocks, guidance, aside))
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What a held-out score says of noise and guidance intervals: the `plan` and the `config` to sample with."""
+
+    scored: Scored
+    plan: Plan
+    config: Config
+    features: str
+
+    @property
+    def words(self) -> str:
+        """The settings of guidance to sample with, as words of the command line."""
+        values = self.config.values["guidance"]
+        return " ".join(f"guidance.{k}={v:.6g}" for k, v in values.items() if isinstance(v, float) and math.isfinite(v))
+
+    def __str__(self) -> str:
+        return f"Fréchet distance of {self.features} to held-out data\n{self.scored}\nsample with: {self.words}"
+
+
+def decide(model: Model, run: Path, plan: Plan, labels: bool, batch: int = 64) -> Decision:
+    """Whether stochastic plans of as many evaluations, or guidance in an interval of noise alone, bring a run's samples
+    nearer to the data that it held out: the Fréchet distance of the first features of `evaluate`, on the same noise,
+    and sure on fresh noise (see `undiffuse.tune.by_score`).
+
+    A plan that is chosen so says that it was tuned on these features. Raises InputError where the data cannot be read.
+    """
+    train, held = data_of_run(model.config, run, 0)
+    feature = open_features("auto", train.x, held.name.split(" (")[0])[0]
+    real, config = extract(feature, held.x), model.config
+    guidance: Guidance = config.build("guidance") if labels else CFG()
+    guided = {"guidance as it was": guidance}
+    if isinstance(guidance, CFG) and guidance.w not in (0, 1):
+        others = intervals(guidance.w, model.spectrum.std, model.schedule)
+        guided |= {name: other for name, other in others.items() if other != guidance}
+    stochastic = noisy(model.schedule, plan.nfe, spectrum=model.spectrum, strengths=(0.3, 1.0))
+    candidates = ways({"the plan": plan}, guided) | ways(stochastic, dict([next(iter(guided.items()))]))
+    sampled = drawing(
+        model.denoiser,
+        model.shape,
+        (lambda indices: model.cond([k % model.classes for k in indices], len(indices))) if labels else None,
+        batch=batch,
+        device=model.device,
+    )
+    found = by_score(
+        candidates,
+        lambda candidate, indices: extract(feature, model.restore(sampled(candidate, indices)).cpu()),
+        lambda x: frechet(real, x),
+    )
+    best = candidates[found.chosen]
+    chosen = best.plan if found.chosen == next(iter(candidates)) else judged_by(best.plan, feature.hash)
+    if isinstance(best.guidance, CFG) and labels:
+        interval = {"lam_min": best.guidance.lam_min, "lam_max": best.guidance.lam_max}
+        config = Config.resolve(config.values, {"guidance": {"kind": "cfg", "w": best.guidance.w} | interval})
+    return Decision(found, chosen, config, feature.name)
+
+
+def judged_by(plan: Plan, feature: str) -> Plan:
+    """The plan, which says that it was tuned on features of this hash."""
+    if isinstance(plan, Modal):
+        return replace(plan, tables=tuple(replace(t, tuned_on=(*t.tuned_on, feature)) for t in plan.tables))
+    return replace(plan, tuned_on=(*plan.tuned_on, feature))
 
 
 def stock(config: Config, nfe: int) -> Plan:
@@ -135,5 +221,9 @@ def _write(found: Tuned, model: Model, stocks: dict[int, Plan], guidance: Any, a
             body.append(
                 f'<figure><img src="{plot.data_uri(path)}" alt="samples"><figcaption>{caption}</figcaption></figure>'
             )
-    body.append(f"<h2>Rungs</h2><pre>{found.report}</pre>")
+    body.append(f"<h2>Rungs</h2><pre>{html.escape(str(found.report))}</pre>")
+    body += [
+        f"<h2>Noise and guidance intervals, {n} evaluations</h2><pre>{html.escape(str(decision))}</pre>"
+        for n, decision in found.decided.items()
+    ]
     (aside / "report.html").write_text(plot.page("undiffuse: a tuned sampler", "".join(body)))

@@ -100,7 +100,9 @@ class Study:
             for n, (auto_file, tuned_file) in files.items():
                 report.results[n].first.save(auto_file)
                 report.results[n].plan.save(tuned_file)
-            self.store.get(self.key("cost"), lambda: {"cpu": used, "wall": report.seconds})
+            self.store.get(
+                self.key("cost"), lambda: {"cpu": used, "wall": report.seconds, "where": where(self.model.device)}
+            )
         return {n: (read_plan(a), read_plan(b)) for n, (a, b) in files.items()}
 
     def distance(self, what: str, plan: Plan) -> Record:
@@ -124,6 +126,11 @@ class Study:
         return x.clamp(-1, 1).cpu(), asked
 
 
+def where(device: torch.device) -> str:
+    """The processor of a device in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+
+
 def held_out(name: str) -> Tensor:
     """Features of the held-out data."""
     data = Model.load(name).config.values["data"]["name"]
@@ -144,6 +151,7 @@ def study(one: Study) -> tuple[list[list[str]], list[list[str]], str]:
     where = [one.name, f"{one.w:g}"]
     later_name, later = best(one.stock(LATER))
     exact = reference(one.model.schedule, 25, one.model.spectrum)
+    exactly = one.samples(exact, COLUMNS)[0] if len(one.model.shape) == 3 else None
     for n, (auto_plan, tuned_plan) in plans.items():
         name, stock = best(one.stock(n))
         cells = {name: stock}
@@ -158,15 +166,16 @@ def study(one: Study) -> tuple[list[list[str]], list[list[str]], str]:
         for what, plan in drawn.items():
             score = one.distance(what if what == "exact" else f"{what}|{n}", plan)
             scores.append([*where, str(n), what, f"{score['frechet']:.2f}", f"{100 * score['accuracy']:.1f} %"])
-        if len(one.model.shape) == 3:
-            rows = {what.split(":")[0]: one.samples(plan, COLUMNS)[0] for what, plan in drawn.items()}
+        if exactly is not None:
+            some = {what.split(":")[0]: plan for what, plan in drawn.items() if what != "exact"}
+            rows = {what: one.samples(plan, COLUMNS)[0] for what, plan in some.items()} | {"exact": exactly}
             plot.plot_rows(rows, CACHE / f"trained-{one.name}-w{one.w:g}-{n}.png")
     errors.append(
         [*where, str(LATER), f"best stock: {later_name}", *(f"{later[k]:.4f}" for k in ("median", "rms", "high"))]
     )
     six = one.store.known[one.key("tuned", 6)]["median"]
     cost = one.store.known.get(one.key("cost"))
-    spent = "" if cost is None else f"; tuning {len(NFE)} budgets took {cost['cpu']:.0f} CPU s"
+    spent = "" if cost is None else f"; tuning {len(NFE)} budgets took {cost['cpu']:.0f} CPU s ({cost['where']})"
     verdict = f"{one.name} at w = {one.w:g}: tuned at 6 {six:.4f}, best stock at {LATER} {later['median']:.4f}{spent}"
     return errors, scores, verdict
 

@@ -257,7 +257,7 @@ def intervals(w: float, std: float, schedule: Schedule | None = None) -> dict[st
     With a schedule those that it never leaves, or never meets, are left out. Raises InputError for std <= 0.
 
     >>> intervals(3.0, 0.5)["w 3 below 3 std"]
-    CFG(w=3.0, lam_min=-0.4054651081081644, lam_max=inf)
+    CFG(w=3.0, lam_min=-0.405, lam_max=inf)
     """
     if not 0 < std < math.inf:
         raise InputError(f"an interval of guidance needs the data's std > 0, got {std}")
@@ -265,9 +265,13 @@ def intervals(w: float, std: float, schedule: Schedule | None = None) -> dict[st
     top, bottom = (math.inf, 0.0) if schedule is None else (math.exp(-float(schedule.level(t).lam)) for t in (1.0, 0.0))
     for name, (low, high) in ENDS.items():
         if not name or (high * std < top and high * std > bottom):
-            lam = [-math.inf if v == math.inf else math.inf if v == 0 else -math.log(v * std) for v in (high, low)]
-            out[f"w {w:g}{name}"] = CFG(w, *lam)
+            out[f"w {w:g}{name}"] = CFG(w, _lam(high * std), _lam(low * std))
     return out
+
+
+def _lam(sigma: float) -> float:
+    """-log sigma to three decimals, at the ends, too."""
+    return -math.inf if sigma == math.inf else math.inf if sigma == 0 else -round(math.log(sigma), 3)
 
 
 def ways(plans: Mapping[str, Plan], guidances: Mapping[str, Guidance]) -> dict[str, Candidate]:
