@@ -180,14 +180,11 @@ def tune_kept(
         raise InputError(f"{steps} steps need {steps + 1} levels, got {len(start)}")
     values, _ = counted(spectrum)
     floor = max(least, 1e-12 * float(values.max()))
-    group = family.group if family.spectrum is not None else torch.zeros(len(values), dtype=torch.long)
     ranges = []
-    for g in range(len(family.variances)):
-        u = torch.cat([values[group == g], family.variances[g : g + 1]] if bool((group == g).any()) else [values])
-        u = u.clamp(min=floor).log()
-        ranges.append(
-            torch.linspace(float(u.min()) - width, float(u.max()) + width, 96 if len(family.variances) == 1 else 24)
-        )
+    for g, own in enumerate(family.variances):
+        of = values if family.spectrum is None else torch.cat([values[family.group == g], own[None]])
+        low, high = (float(end.clamp(min=floor).log()) for end in (of.min(), of.max()))
+        ranges.append(torch.linspace(low - width, high + width, 96 if len(family.variances) == 1 else 24))
     variance = torch.stack(ranges).double().exp()
     spacing = Spacing.around(schedule, start)
     place = spacing.parameters(start).requires_grad_()
