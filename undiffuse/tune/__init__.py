@@ -2,6 +2,7 @@
 
 from undiffuse.tune.auto import Choice, Trial, auto, reference
 from undiffuse.tune.coefficients import Ends, Errors
+from undiffuse.tune.family import Family, between
 from undiffuse.tune.ladder import Report, Result, Rung, ladder
 from undiffuse.tune.score import Candidate, Scored, by_score, drawing, intervals, noisy, ways
 
@@ -10,12 +11,14 @@ __all__ = [
     "Choice",
     "Ends",
     "Errors",
+    "Family",
     "Report",
     "Result",
     "Rung",
     "Scored",
     "Trial",
     "auto",
+    "between",
     "by_score",
     "drawing",
     "intervals",

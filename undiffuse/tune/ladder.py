@@ -26,7 +26,7 @@ from undiffuse.types import InputError
 Plan = Tableau | Modal
 VARIANCE = 0.02  # by which the variance kept may be off where that of the plan to beat is nearer
 PATHS, STEPS = 16, 60  # of the teacher of the grid
-PROBE = 0.25  # of the evaluations of the loss, for each kind of family, before the better one has the rest
+PROBE = 0.15  # of the evaluations of the loss, for each kind of family, before the better one has the rest
 
 
 def refusal(new: Errors, first: Errors, best: Errors) -> str:
