@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.test_cli import put_model
 from undiffuse import VP, InputError, Modal, Model, Tableau, UniformLam, UniPC, read_plan, spectral, trace
 from undiffuse.config import Config
-from undiffuse.model import SHIPPED, find_run
+from undiffuse.model import SHIPPED, find_run, shipped
 from undiffuse.plans import plan_for, plan_name
 
 
@@ -136,10 +136,22 @@ def test_a_folder_of_others_is_left_alone(own, monkeypatch):
 
 
 def test_nothing_is_written_into_the_package():
-    model = Model.load("digits")
+    model, before = Model.load("digits"), sorted(SHIPPED.rglob("*"))
     assert plan_for(model, "digits", model.config, 1, False).path is None
     assert find_run("digits").resolve().parent == SHIPPED.resolve()
-    assert not list(SHIPPED.glob("*/plan-*"))
+    assert sorted(SHIPPED.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("labels", [False, True])
+def test_models_that_come_along_have_plans(name, labels):
+    model = Model.load(name)
+    for nfe in (4, 5, 6, 8, 10):
+        kept = plan_for(model, name, model.config, nfe, labels)
+        assert (kept.choice, kept.plan.nfe) == (None, nfe)
+        x = model.sample(2, [3, 7] if labels else None, plan=kept.plan)
+        assert torch.isfinite(x).all()
+        assert 0.1 < float(x.std()) < 1.2
 
 
 def test_shards_by_a_plan_hold_what_it_samples(own, tmp_path, run):

@@ -52,13 +52,14 @@ def plan_for(
     progress: Callable[[int, int], None] | None = None,
 ) -> Kept:
     """The plan of `nfe` evaluations of a run sampled as `config` says, with labels or without: the one kept in its
-    folder, else chosen by `Model.auto` and kept there, if the folder is the user's own.
+    folder, else chosen by `Model.auto` and kept there, if the folder is the user's own. Models that come with the
+    package have plans of 4, 5, 6, 8 and 10 evaluations.
 
     It is chosen anew where the model was trained further. Raises InputError for nfe < 1 and a damaged file.
     """
     folder = run_folder(run)
     path, trained = folder / plan_name(model, config, nfe, labels), folder / "model" / MANIFEST
-    if path.is_file() and path.stat().st_mtime >= trained.stat().st_mtime:
+    if path.is_file() and (comes_along(folder) or path.stat().st_mtime >= trained.stat().st_mtime):
         return Kept(read_plan(path), path, None)
     choice = model.using(config).auto(nfe, guidance=config.build("guidance") if labels else None, progress=progress)
     if not own(folder):
