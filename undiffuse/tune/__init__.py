@@ -3,6 +3,7 @@
 from undiffuse.tune.auto import Choice, Trial, auto, reference
 from undiffuse.tune.coefficients import Ends, Errors
 from undiffuse.tune.family import Family, between
+from undiffuse.tune.gaussian import tune_gaussian, tune_kept
 from undiffuse.tune.ladder import Report, Result, Rung, ladder
 from undiffuse.tune.score import Candidate, Scored, by_score, drawing, intervals, noisy, ways
 
@@ -25,5 +26,7 @@ __all__ = [
     "ladder",
     "noisy",
     "reference",
+    "tune_gaussian",
+    "tune_kept",
     "ways",
 ]
