@@ -42,7 +42,7 @@ bench: .venv/.peers
 
 bench-solvers: .venv/.peers
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/solvers/run.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/solvers/auto.py
+	for b in auto tune variance trained; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/solvers/$$b.py || exit 1; done
 
 # lucidrains' Trainer and azula need torchvision, which needs a build of torch of its own: about 6 GB
 .venv-peers/.done: pyproject.toml constraints-peers.txt
