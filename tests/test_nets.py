@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from undiffuse import Cond, InputError, Label
-from undiffuse.nets import NETS, DiT, UNet, blocks, dit
-from undiffuse.nets.blocks import Attention, Down, ResBlock, Up, attend, cropped, group_norm, padded, shuffle, unshuffle
+from undiffuse.nets import NETS, DiT, UNet, attention, dit
+from undiffuse.nets.attention import attend
+from undiffuse.nets.blocks import Attention, Down, ResBlock, Up, cropped, group_norm, padded, shuffle, unshuffle
 from undiffuse.nets.embed import TimeEmbedding, sines
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -196,7 +197,7 @@ def test_the_fused_kernel_serves_sampling_and_many_tokens(queries, keys, learns,
     calls, kernel = [], F.scaled_dot_product_attention
     q, k = (torch.zeros(1, 1, n, 2, requires_grad=learns) for n in (queries, keys))
     norms = torch.nn.ModuleList(torch.nn.RMSNorm(2) for _ in range(2)).requires_grad_(learns)
-    monkeypatch.setattr(blocks, "scaled_dot_product_attention", lambda *a: calls.append(a) or kernel(*a))
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda *a: calls.append(a) or kernel(*a))
     attend(q, k, k, *norms)
     assert len(calls) == fused
 

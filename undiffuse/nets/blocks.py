@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import interpolate, pad, silu
 
+from undiffuse.nets.attention import attend, heads_of, zero
 from undiffuse.types import InputError
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -39,13 +40,6 @@ def check_settings(
         raise InputError(f"{net} dropout must be in [0, 1), got {dropout}")
 
 
-def zero(module: nn.Module) -> nn.Module:
-    """The module with all parameters zero: a branch that starts as silence."""
-    for p in module.parameters():
-        nn.init.zeros_(p)
-    return module
-
-
 def group_norm(channels: int) -> nn.GroupNorm:
     """Group norm with at least 16 channels a group, where they divide evenly (Karras et al. 2024, appendix B)."""
     groups = max(g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels // g >= 16))
@@ -73,23 +67,12 @@ class ResBlock(nn.Module):
         return out
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm) -> Tensor:
-    """Attention over (b, heads, tokens, width), queries and keys normalised (QK-norm; Dehghani et al. 2023)."""
-    q, k = (rms_norm(a, a.shape[-1:], n.weight.to(a.dtype)) for a, n in ((q, q_norm), (k, k_norm)))
-    if q.device.type == "cpu" and q.requires_grad and k.shape[2] <= 512:
-        # the fused kernel's backward pass takes 2 to 5 times as long as products of matrices this small
-        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        out: Tensor = weights.softmax(-1).to(v.dtype) @ v
-        return out
-    return scaled_dot_product_attention(q, k, v)
-
-
 class Attention(nn.Module):
     """Self-attention over all positions, with QK-norm."""
 
     def __init__(self, dims: int, channels: int, head_width: int = 32) -> None:
         super().__init__()
-        self.heads = max(h for h in range(1, max(1, channels // head_width) + 1) if channels % h == 0)
+        self.heads = heads_of(channels, head_width)
         conv = CONV[dims]
         self.norm, self.qkv = group_norm(channels), conv(channels, 3 * channels, 1)
         self.proj = zero(conv(channels, channels, 1))

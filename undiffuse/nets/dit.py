@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, pad
 
-from undiffuse.nets.blocks import attend, check_settings, cropped, padded, shuffle, unshuffle, zero
+from undiffuse.nets.attention import attend, heads_of, zero
+from undiffuse.nets.blocks import check_settings, cropped, padded, shuffle, unshuffle
 from undiffuse.nets.embed import Embedding, check_input, sines
 
 
@@ -73,7 +74,7 @@ class DiT(nn.Module):
         numbers |= {"width": width, "heads": heads}
         needs = "channels, depth, patch, expand >= 1; an even width >= 8 that heads divide"
         check_settings(least and even, "DiT", needs, dims, numbers, vector, augment, dropout)
-        heads = heads or max(h for h in range(1, max(1, width // 64) + 1) if width % h == 0)
+        heads = heads or heads_of(width, 64)
         self.channels, self.dims, self.patch = channels, dims, patch
         inside = channels * patch**dims
         self.embed = Embedding(width, width, vector, augment)

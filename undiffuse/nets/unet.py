@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from undiffuse.nets.attention import zero
 from undiffuse.nets.blocks import (
     CONV,
     Down,
@@ -20,7 +21,6 @@ from undiffuse.nets.blocks import (
     padded,
     shuffle,
     unshuffle,
-    zero,
 )
 from undiffuse.nets.embed import Embedding, check_input
 from undiffuse.types import InputError
