@@ -104,6 +104,7 @@ class UNet(nn.Module):
             if level + 1 < len(widths):
                 self.down.append(resized(c, Down, POOL[dims](2)))
                 skips.append(c)
+        self.skips = (*skips, c)  # the channels of all that `encoded` gives
         self.middle = nn.ModuleList(
             Stage(dims, c, c, embedding, dropout, attend, tokens if attend else 0) for attend in (True, False)
         )
