@@ -1,5 +1,6 @@
 """Networks and their conditions: every part of a `Cond` reaches x by its mechanism, and what is masked out does not."""
 
+import contextlib
 import copy
 import itertools
 import math
@@ -16,6 +17,7 @@ from undiffuse.nets import NETS, DiT, UNet
 from undiffuse.nets.attention import CrossAttention, rotary
 from undiffuse.nets.blocks import POOL, Attention, ResBlock, Stage, padded, shuffle, unshuffle
 from undiffuse.nets.transformer import Block, JointBlock
+from undiffuse.train.gradient import recomputed
 
 WIDTHS = {"vector": 3, "augment": 2, "tokens": 6, "spatial": 2}
 LIGHT = {"positions": "rope", "norm": "rms", "gated": True, "registers": 2}
@@ -187,6 +189,17 @@ def test_compiles_without_a_graph_break(name):
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     for part, parts in ((x, cond), (x, None), (x[..., :4], None)):
         assert torch.allclose(compiled(part, t, parts), net(part, t, parts), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_parts_computed_again_give_the_same_gradient(name):
+    """engine.recompute calls parts by position alone."""
+    net, (x, t, cond), found = build(name), given(6, 7), []
+    for around in (contextlib.nullcontext(), recomputed(net)):
+        with around:
+            out = net(x, t, cond).square().sum()
+            found.append(torch.autograd.grad(out, list(net.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("name", KINDS)
