@@ -105,7 +105,11 @@ CASES = (
         unet2d_condition, tokens,
     ),
     Case(
-        "DiT, patch 2", (4, 32, 32), 4, lambda: DiT(4, width=384, depth=6, patch=2, vector=CLASSES), dit2d, classes
+        "DiT", (4, 32, 32), 4, lambda: DiT(4, width=384, depth=6, patch=2, vector=CLASSES), dit2d, classes
+    ),
+    Case(
+        "DiT, gated", (4, 32, 32), 4, lambda: DiT(4, width=384, depth=6, patch=2, vector=CLASSES, gated=True), dit2d,
+        classes,
     ),
     Case(
         "default", (3, 32, 32), 16, lambda: Config.resolve().build("net", channels=3, dims=2), lambda: unet2d([64], 1),
@@ -124,7 +128,8 @@ the forward pass, autocast for the training step, which is forward, backward and
   against `UNet2DConditionModel`, which has a whole transformer block (with a feed-forward network of 4 widths, gated)
   after every residual block there; ours has self- and cross-attention, and one such block in the bottleneck.
 * DiT: width 384, 6 blocks of 6 heads, patches of 2, batch 4 of 32x32x4, {CLASSES} classes, against
-  `DiTTransformer2DModel`, which embeds time and class in every block anew.
+  `DiTTransformer2DModel`, which embeds time and class in every block anew and does not normalise queries and keys.
+  *Gated*: the same with SwiGLU of as many weights, since GELU by tanh, which both have, is slow on CPUs.
 * default: the network that the configuration gives (64 channels on patches of 2, one level) against a `UNet2DModel` of
   equal channels and blocks on pixels, batch 16 of 32x32x3.
 """
