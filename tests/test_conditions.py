@@ -14,7 +14,7 @@ from tests.test_attention import MASK
 from tests.test_nets import captured, inputs, randomised, relative
 from undiffuse import CFG, Cond, Denoiser, InputError, Level, V
 from undiffuse.nets import NETS, DiT, UNet
-from undiffuse.nets.attention import CrossAttention, rotary
+from undiffuse.nets.attention import Context, CrossAttention, mixed, rotary
 from undiffuse.nets.blocks import POOL, Attention, ResBlock, Stage, padded, shuffle, unshuffle
 from undiffuse.nets.transformer import Block, JointBlock
 from undiffuse.train.gradient import recomputed
@@ -279,6 +279,22 @@ def test_levels_are_halved_and_doubled_by_residual_blocks():
     assert seen == [((8, 12), (4, 6)), ((4, 6), (2, 3)), ((2, 3), (4, 6)), ((4, 6), (8, 12))]
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_a_block_asks_the_tokens_after_it_has_looked_at_itself(norm):
+    """Chen et al. 2023, figure 4: by normalised features, without modulation or gate."""
+    block, plain = randomised(Block(24, 2, 3, 8, norm=norm, tokens=6).double()), Block(24, 2, 3, 8, norm=norm).double()
+    assert not plain.load_state_dict(block.state_dict(), strict=False).missing_keys
+    x, tokens, emb = (inputs(4, *n, seed=s, dtype=torch.float64)[0] for s, n in enumerate(((3, 24), (5, 6), (8,))))
+    context = Context.of(tokens, MASK)
+    (q, k, v), rest = plain.asked(x, emb, None)
+    h = plain.heard(x, mixed(q, k, v), rest)
+    off = h - h.mean(-1, True) if norm == "layer" else h
+    eps = 1e-5 if norm == "layer" else torch.finfo(h.dtype).eps
+    h = h + block.cross(off / (off.square().mean(-1, True) + eps).sqrt(), context)
+    assert torch.allclose(block(x, emb, context), plain.fed(h, rest), atol=1e-10)
+    assert torch.equal(block(x, emb), plain(x, emb))
+
+
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 def test_joint_attention_with_equal_weights_is_one_sequence(gated, masked):
@@ -330,19 +346,19 @@ def test_rotary_positions_alone_tell_patches_apart(name, dims, monkeypatch):
     net, (x, t, cond) = build(name, dims=dims), given(*[4] * dims)
     order = torch.arange(2**dims).roll(1)
 
-    def mixed(x):
+    def moving(x):
         patches = unshuffle(x, 2)
         return shuffle(patches.flatten(2)[..., order].reshape(patches.shape), 2)
 
-    moved = replace(cond, spatial=mixed(cond.spatial))
-    assert relative(net(mixed(x), t, moved), mixed(net(x, t, cond))) > 0.02
+    moved = replace(cond, spatial=moving(cond.spatial))
+    assert relative(net(moving(x), t, moved), moving(net(x, t, cond))) > 0.02
 
     def still(size, width, extra, like):
         n = extra + math.prod(size)
         return torch.ones(n, width // 2), torch.zeros(n, width // 2)
 
     monkeypatch.setattr("undiffuse.nets.dit.rotary", still)
-    assert relative(net(mixed(x), t, moved), mixed(net(x, t, cond))) < 1e-5
+    assert relative(net(moving(x), t, moved), moving(net(x, t, cond))) < 1e-5
 
 
 def test_swiglu_is_its_formula_and_has_as_many_weights():
