@@ -4,7 +4,7 @@ BIN := .venv/bin
 PEERS := .venv-peers/bin/python
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench bench-solvers bench-faults bench-scale bench-evaluate bench-quality peers bench-training clean
+.PHONY: demo test lint bench bench-solvers bench-faults bench-scale bench-evaluate bench-quality peers bench-training bench-nets clean
 .DEFAULT_GOAL := demo
 
 .venv/.base: pyproject.toml constraints.txt
@@ -56,6 +56,9 @@ peers: .venv-peers/.done
 
 bench-training: .venv-peers/.done
 	$(PEERS) benchmarks/training/run.py
+
+bench-nets: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/nets.py
 
 bench-faults: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py

@@ -9,6 +9,8 @@ import torch
 
 from tests.cases import DETERMINISTIC, SOLVER_CASES, STOCHASTIC
 from tests.runs import settings, write_pictures
+from tests.test_conditions import KINDS as CONDITIONED
+from tests.test_conditions import build, given
 from undiffuse import (
     CFG,
     VP,
@@ -93,6 +95,17 @@ def test_a_plan_in_a_basis_is_the_cpus_and_does_not_wait(rank, waits):
     torch.testing.assert_close(plan.run(lambda x, level: torch.tanh(x), on).cpu(), due, rtol=1e-4, atol=1e-4)
     waits()
     plan.run(lambda x, level: torch.tanh(x), on)
+
+
+@pytest.mark.parametrize("name", CONDITIONED)
+def test_conditions_say_what_they_say_on_the_cpu_and_do_not_wait(name, waits):
+    net, (x, t, cond) = build(name).requires_grad_(False), given(8, 8)
+    due = net(x, t, cond)
+    net, x, t, cond = net.cuda(), x.cuda(), t.cuda(), cond.to("cuda")
+    torch.testing.assert_close(net(x, t, cond).cpu(), due, rtol=1e-3, atol=1e-3)
+    assert torch.isfinite(net.bfloat16()(x.bfloat16(), t, cond)).all()
+    waits()
+    net(x.bfloat16(), t, cond)
 
 
 def test_samples_do_not_depend_on_the_device():

@@ -10,9 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from undiffuse import Cond, InputError, Label
-from undiffuse.nets import NETS, DiT, UNet, blocks, dit
-from undiffuse.nets.blocks import Attention, Down, ResBlock, Up, attend, cropped, group_norm, padded, shuffle, unshuffle
+from undiffuse.nets import NETS, DiT, UNet, attention
+from undiffuse.nets.attention import attend
+from undiffuse.nets.blocks import Attention, Down, ResBlock, Up, cropped, group_norm, padded, shuffle, unshuffle
 from undiffuse.nets.embed import TimeEmbedding, sines
+from undiffuse.nets.transformer import Block
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 SIZES = {1: [(16,), (1,), (13,)], 2: [(8, 8), (7, 9), (1, 6)], 3: [(4, 4, 4), (3, 5, 6)]}
@@ -196,7 +198,7 @@ def test_the_fused_kernel_serves_sampling_and_many_tokens(queries, keys, learns,
     calls, kernel = [], F.scaled_dot_product_attention
     q, k = (torch.zeros(1, 1, n, 2, requires_grad=learns) for n in (queries, keys))
     norms = torch.nn.ModuleList(torch.nn.RMSNorm(2) for _ in range(2)).requires_grad_(learns)
-    monkeypatch.setattr(blocks, "scaled_dot_product_attention", lambda *a: calls.append(a) or kernel(*a))
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda *a: calls.append(a) or kernel(*a))
     attend(q, k, k, *norms)
     assert len(calls) == fused
 
@@ -235,7 +237,7 @@ def test_sines_are_cosines_and_sines_of_periods_in_geometric_steps(count, period
 @pytest.mark.parametrize(("heads", "expand"), [(1, 4), (3, 2)])
 def test_transformer_block_is_its_formula(heads, expand):
     """Peebles and Xie 2023, figure 3, adaLN-zero: x += gate f(norm(x) (1 + scale) + shift), for both parts f."""
-    block = randomised(dit._Block(12, heads, expand, 6, dropout=0.5).double())
+    block = randomised(Block(12, heads, expand, 6, dropout=0.5).double())
     (x, _), (emb, _) = inputs(2, 5, 12, dtype=torch.float64), inputs(2, 6, seed=2, dtype=torch.float64)
     p = dict(block.named_parameters())
 

@@ -41,6 +41,7 @@ from undiffuse.fit import check, fit
 from undiffuse.guide import CFG
 from undiffuse.modal import read_plan
 from undiffuse.model import Model, comes_along, find_run, nearest_run, run_folder, shipped
+from undiffuse.nets import presets
 from undiffuse.plans import Kept, plan_for
 from undiffuse.train import Lost, NonFinite, Preempted, Processes, Signals, TrainState
 from undiffuse.tuning import tune_run
@@ -654,7 +655,9 @@ def show(
 
 @app.command()
 def info(
-    what: Annotated[str | None, typer.Argument(help="a run folder, or `config` for all settings")] = None,
+    what: Annotated[
+        str | None, typer.Argument(help="a run folder, `config` for all settings, or `net` for sizes")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what there is: solvers, schedules, heads, grids; all settings; or a run folder."""
@@ -668,6 +671,8 @@ def info(
                     shown = ", ".join(f"{k}={'?' if d is ... else d}" for k, d in settings.items())
                     print(f"# {family}={name}" + (f"  ({shown})" if shown else ""))
         return
+    if what == "net":
+        return _presets(as_json)
     if what is not None:
         model = Model.load(what)
         facts = {
@@ -696,6 +701,26 @@ def info(
     console.print(table)
     for family, names in others.items():
         console.print(f"{family}: {', '.join(names)}")
+
+
+def _presets(as_json: bool) -> None:
+    """Networks of usual sizes, with what a sample of theirs costs; 4 bytes an activation, none recomputed."""
+    with Bars(as_json) as bars:
+        found = []
+        for row in presets.rows():
+            found.append(row)
+            bars.move("counting", len(found), len(presets.PRESETS), row["name"])
+    if as_json:
+        return print(json.dumps(found))
+    table = Table(title="A sample's forward pass, and what it keeps for the backward pass", title_justify="left")
+    for name in ("", "of", "M parameters", "GFLOP", "MB"):
+        table.add_column(name, justify="right" if len(table.columns) > 1 else "left")
+    for row in found:
+        sides, numbers = "x".join(map(str, row["shape"])), (row["parameters"] / 1e6, row["flops"] / 1e9)
+        table.add_row(row["name"], sides, *(f"{n:.3g}" for n in (*numbers, row["activations"] / 2**20)))
+    console.print(table)
+    for row in found:
+        console.print(f"{row['name']}: {row['words']}", soft_wrap=True)
 
 
 @app.command()

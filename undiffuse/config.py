@@ -182,7 +182,15 @@ SECTIONS: dict[str, Callable[..., Any]] = {
     "sample": SampleConfig,
 }
 SHORT = {**dict.fromkeys(KINDS, "kind"), "data": "name"}  # what `key=WORD` means for these
-FROM_DATA = {"channels", "dims", "vector", "augment", "learned_variance"}  # of networks: set by data or objective
+FROM_DATA = {
+    "channels",
+    "dims",
+    "vector",
+    "augment",
+    "tokens",
+    "spatial",
+    "learned_variance",
+}  # of networks: set by data or objective
 
 
 def _simple(annotation: Any) -> bool:

@@ -13,9 +13,9 @@ class Cond:
     """A batch of conditions; each part may be absent. The null condition of every part is zero (tokens: masked out).
 
     vector (b, d): class, pooled text, image embedding, guidance weight; tokens (b, n, d) with tokens_mask (b, n), True
-    where there is a token; spatial (b, c, *size): depth, segmentation, a low-resolution image. `augment` (b, a), what
-    augmentation did to x, zero for nothing, is no condition: the null condition has it too, or samples without a
-    condition would be augmented ones.
+    where there is a token, which is everywhere unless it is given; spatial (b, c, *size): depth, segmentation, a
+    low-resolution image. `augment` (b, a), what augmentation did to x, zero for nothing, is no condition: the null
+    condition has it too, or samples without a condition would be augmented ones.
     """
 
     vector: Tensor | None = None
@@ -23,6 +23,11 @@ class Cond:
     tokens_mask: Tensor | None = None
     spatial: Tensor | None = None
     augment: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.tokens_mask is None:
+            everywhere = torch.ones(self.tokens.shape[:2], dtype=torch.bool, device=self.tokens.device)
+            object.__setattr__(self, "tokens_mask", everywhere)
 
     def _map(self, change) -> Cond:  # type: ignore[no-untyped-def]
         parts = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from torch import nn
 
+from undiffuse.nets.control import Control
 from undiffuse.nets.dit import DiT
 from undiffuse.nets.unet import UNet
 
 NETS: dict[str, Callable[..., nn.Module]] = {"unet": UNet, "dit": DiT}
 
-__all__ = ["NETS", "DiT", "UNet"]
+__all__ = ["NETS", "Control", "DiT", "UNet"]

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import interpolate, pad, silu
 
+from undiffuse.nets.attention import Context, CrossAttention, attend, heads_of, zero
 from undiffuse.types import InputError
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -20,30 +21,22 @@ def check_settings(
     needs: str,
     dims: int,
     numbers: Mapping[str, int | Sequence[int]],
-    vector: int,
-    augment: int,
+    conditions: Mapping[str, int],
     dropout: float,
 ) -> None:
-    """InputError unless `fine`, all are whole numbers, dims from 1 to 3, widths of conditions >= 0, dropout in [0, 1).
+    """InputError unless `fine`, all are whole numbers, dims from 1 to 3, sizes of conditions >= 0, dropout in [0, 1).
 
     `needs` says what makes the network's own `numbers` fine.
     """
-    every = [n for v in (*numbers.values(), vector, augment) for n in (v if isinstance(v, Sequence) else (v,))]
-    if dims not in CONV or not all(isinstance(n, int) for n in every) or not fine or min(vector, augment) < 0:
-        got = {"dims": dims, **numbers, "vector": vector, "augment": augment}
+    whole = {**numbers, **conditions}
+    every = [n for v in whole.values() for n in (v if isinstance(v, Sequence) else (v,))]
+    if dims not in CONV or not all(isinstance(n, int) for n in every) or not fine or min(conditions.values()) < 0:
         raise InputError(
-            f"{net} needs whole numbers: dims 1 to 3; {needs}; vector and augment >= 0. "
-            f"Got {', '.join(f'{name}={value}' for name, value in got.items())}"
+            f"{net} needs whole numbers: dims 1 to 3; {needs}; {', '.join(conditions)} >= 0. "
+            f"Got {', '.join(f'{name}={value}' for name, value in {'dims': dims, **whole}.items())}"
         )
     if not 0 <= dropout < 1:
         raise InputError(f"{net} dropout must be in [0, 1), got {dropout}")
-
-
-def zero(module: nn.Module) -> nn.Module:
-    """The module with all parameters zero: a branch that starts as silence."""
-    for p in module.parameters():
-        nn.init.zeros_(p)
-    return module
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -53,9 +46,20 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around adaptive group norm: emb scales and shifts (Dhariwal and Nichol 2021, eq. 7)."""
+    """Two convolutions around adaptive group norm: emb scales and shifts (Dhariwal and Nichol 2021, eq. 7).
 
-    def __init__(self, dims: int, channels: int, out: int, embedding: int, dropout: float = 0.0) -> None:
+    `resample`, if given, changes the size of the first convolution's input and of what skips (their appendix A).
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        channels: int,
+        out: int,
+        embedding: int,
+        dropout: float = 0.0,
+        resample: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         conv = CONV[dims]
         self.norm1, self.conv1 = group_norm(channels), conv(channels, out, 3, padding=1)
@@ -63,9 +67,11 @@ class ResBlock(nn.Module):
         self.norm2, self.dropout = group_norm(out), nn.Dropout(dropout)
         self.conv2 = zero(conv(out, out, 3, padding=1))
         self.skip = conv(channels, out, 1) if channels != out else nn.Identity()
+        self.resample = resample or nn.Identity()
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(silu(self.norm1(x)))
+    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
+        h, x = self.resample(silu(self.norm1(x))), self.resample(x)
+        h = self.conv1(h)
         modulation = self.modulate(emb)
         scale, shift = modulation.reshape(*modulation.shape, *[1] * (x.ndim - 2)).chunk(2, 1)
         h = silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
@@ -73,23 +79,12 @@ class ResBlock(nn.Module):
         return out
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm) -> Tensor:
-    """Attention over (b, heads, tokens, width), queries and keys normalised (QK-norm; Dehghani et al. 2023)."""
-    q, k = (rms_norm(a, a.shape[-1:], n.weight.to(a.dtype)) for a, n in ((q, q_norm), (k, k_norm)))
-    if q.device.type == "cpu" and q.requires_grad and k.shape[2] <= 512:
-        # the fused kernel's backward pass takes 2 to 5 times as long as products of matrices this small
-        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        out: Tensor = weights.softmax(-1).to(v.dtype) @ v
-        return out
-    return scaled_dot_product_attention(q, k, v)
-
-
 class Attention(nn.Module):
     """Self-attention over all positions, with QK-norm."""
 
     def __init__(self, dims: int, channels: int, head_width: int = 32) -> None:
         super().__init__()
-        self.heads = max(h for h in range(1, max(1, channels // head_width) + 1) if channels % h == 0)
+        self.heads = heads_of(channels, head_width)
         conv = CONV[dims]
         self.norm, self.qkv = group_norm(channels), conv(channels, 3 * channels, 1)
         self.proj = zero(conv(channels, channels, 1))
@@ -104,17 +99,36 @@ class Attention(nn.Module):
         return out
 
 
-class Stage(nn.Module):
-    """A residual block, and self-attention after it where asked for."""
+class Cross(nn.Module):
+    """Every position asks the tokens (b, n, `tokens`) of a condition."""
 
-    def __init__(self, dims: int, channels: int, out: int, embedding: int, dropout: float, attend: bool) -> None:
+    def __init__(self, channels: int, tokens: int, head_width: int = 32) -> None:
+        super().__init__()
+        self.norm, self.attention = (
+            group_norm(channels),
+            CrossAttention(channels, tokens, heads_of(channels, head_width)),
+        )
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        h = self.attention(self.norm(x).flatten(2).transpose(1, 2), context)
+        out: Tensor = x + h.transpose(1, 2).reshape(x.shape)
+        return out
+
+
+class Stage(nn.Module):
+    """A residual block; where asked for self-attention after it, and attention to `tokens` features of a condition."""
+
+    def __init__(
+        self, dims: int, channels: int, out: int, embedding: int, dropout: float, attend: bool, tokens: int = 0
+    ) -> None:
         super().__init__()
         self.block = ResBlock(dims, channels, out, embedding, dropout)
         self.attention = Attention(dims, out) if attend else nn.Identity()
+        self.cross = Cross(out, tokens) if tokens else None
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        out: Tensor = self.attention(self.block(x, emb))
-        return out
+    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
+        x = self.attention(self.block(x, emb))
+        return x if self.cross is None or context is None else self.cross(x, context)
 
 
 class Down(nn.Module):
@@ -124,7 +138,7 @@ class Down(nn.Module):
         super().__init__()
         self.pool, self.conv = POOL[dims](2), CONV[dims](channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
         out: Tensor = self.conv(self.pool(x))
         return out
 
@@ -136,7 +150,7 @@ class Up(nn.Module):
         super().__init__()
         self.conv = CONV[dims](channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
         out: Tensor = self.conv(interpolate(x, scale_factor=2.0, mode="nearest"))
         return out
 

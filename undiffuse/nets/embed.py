@@ -56,8 +56,6 @@ class Embedding(nn.Module):
 
     def forward(self, time: Tensor, cond: Any) -> Tensor:
         emb: Tensor = self.time(time)
-        if cond is not None and (cond.tokens is not None or cond.spatial is not None):
-            raise InputError("this network takes a condition vector only, and was given tokens or a spatial map")
         parts = (("vector", "a condition", self.vector), ("augment", "augmentation labels", self.augment))
         for name, what, layer in parts if cond is not None else ():
             given = getattr(cond, name)
@@ -82,3 +80,31 @@ def check_input(x: Tensor, time: Tensor, channels: int, dims: int) -> None:
         raise InputError(f"this network takes (batch, {channels}, {', '.join(['side'] * dims)}), got {tuple(x.shape)}")
     if time.shape != x.shape[:1]:
         raise InputError(f"time of shape {tuple(time.shape)} for {len(x)} samples: expected ({len(x)},)")
+
+
+def read_tokens(cond: Any, b: int, width: int) -> tuple[Tensor, Tensor] | None:
+    """`Cond.tokens` and their mask, None where there are none; InputError where they do not fit the network."""
+    if cond is None or cond.tokens is None:
+        return None
+    tokens, mask = cond.tokens, cond.tokens_mask
+    if not width:
+        raise InputError("this network was built without tokens (tokens=0) and was given some")
+    if tokens.ndim != 3 or tokens.shape[::2] != (b, width):
+        raise InputError(f"condition tokens of shape {tuple(tokens.shape)}: expected ({b}, any number, {width})")
+    if mask.shape != tokens.shape[:2] or mask.dtype != torch.bool:
+        got = f"{tuple(mask.shape)} and {mask.dtype}"
+        raise InputError(f"tokens_mask of shape {got}: expected {tuple(tokens.shape[:2])} and torch.bool")
+    return (tokens, mask) if tokens.shape[1] else None
+
+
+def read_spatial(cond: Any, x: Tensor, channels: int) -> Tensor | None:
+    """`Cond.spatial` (b, channels, the sides of x) or None; InputError where it does not fit the network."""
+    if cond is None or cond.spatial is None:
+        return None
+    if not channels:
+        raise InputError("this network was built without a spatial map (spatial=0) and was given one")
+    expected = (len(x), channels, *x.shape[2:])
+    if cond.spatial.shape != expected:
+        raise InputError(f"condition spatial of shape {tuple(cond.spatial.shape)}: expected {expected}")
+    spatial: Tensor = cond.spatial
+    return spatial
