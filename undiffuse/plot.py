@@ -125,10 +125,9 @@ def plot_errors(curves: dict[str, dict[int, Sequence[float]]], path: Path) -> No
 
     figure, axes = _figure(6.4, 3.2)
     for (name, values), color in zip(curves.items(), (MUTED, PALETTE[1], ACCENT, *PALETTE[2:]), strict=False):
-        for k, style in ((0, "-"), (1, ":")):
-            line = [value[k] for value in values.values()]
-            label = name if k == 0 else None
-            axes.plot(list(values), line, color=color, marker="o", markersize=4, linestyle=style, label=label)
+        for k, style, inside in ((0, "-", color), (1, ":", "white")):
+            line, label = [value[k] for value in values.values()], name if k == 0 else None
+            axes.plot(list(values), line, color=color, marker="o", markerfacecolor=inside, linestyle=style, label=label)
     budgets = sorted({n for values in curves.values() for n in values})
     axes.set_xticks(budgets, [str(n) for n in budgets])
     axes.set_yscale("log")
@@ -137,7 +136,7 @@ def plot_errors(curves: dict[str, dict[int, Sequence[float]]], path: Path) -> No
     axes.minorticks_off()
     axes.set_xlabel("evaluations", fontsize=9)
     axes.set_ylabel("relative error at the end", fontsize=9)
-    axes.set_title("median (lines) and 90th percentile (dots)", fontsize=9, loc="left")
+    axes.set_title("median (full) and 90th percentile (hollow)", fontsize=9, loc="left")
     axes.legend(frameon=False, fontsize=9)
     _save(figure, path)
 
