@@ -100,8 +100,6 @@ def plot_levels(rows: Sequence[dict[str, float]], path: Path) -> None:
 
 def plot_distances(table: dict[str, dict[int, float]], floor: float, label: str, path: Path) -> None:
     """Distance over steps for several solvers, with the real-against-real floor."""
-    from matplotlib import ticker
-
     figure, axes = _figure(6.4, 3.2)
     for (name, values), color in zip(table.items(), itertools.cycle(PALETTE), strict=False):
         axes.plot(list(values), list(values.values()), color=color, marker="o", linewidth=2, label=name)
@@ -109,9 +107,7 @@ def plot_distances(table: dict[str, dict[int, float]], floor: float, label: str,
     steps = list(next(iter(table.values())))
     axes.set_xscale("log")
     axes.set_xticks(steps, [str(s) for s in steps])
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    _log_values(axes)
     axes.minorticks_off()
     axes.set_xlabel("steps", fontsize=9)
     axes.set_ylabel(label, fontsize=9)
@@ -121,8 +117,6 @@ def plot_distances(table: dict[str, dict[int, float]], floor: float, label: str,
 
 def plot_errors(curves: dict[str, dict[int, Sequence[float]]], path: Path) -> None:
     """Median and 90th percentile of samplers' errors at the end over the number of evaluations."""
-    from matplotlib import ticker
-
     figure, axes = _figure(6.4, 3.2)
     for (name, values), color in zip(curves.items(), (MUTED, PALETTE[1], ACCENT, *PALETTE[2:]), strict=False):
         for k, style, inside in ((0, "-", color), (1, ":", "white")):
@@ -130,9 +124,7 @@ def plot_errors(curves: dict[str, dict[int, Sequence[float]]], path: Path) -> No
             axes.plot(list(values), line, color=color, marker="o", markerfacecolor=inside, linestyle=style, label=label)
     budgets = sorted({n for values in curves.values() for n in values})
     axes.set_xticks(budgets, [str(n) for n in budgets])
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    _log_values(axes)
     axes.minorticks_off()
     axes.set_xlabel("evaluations", fontsize=9)
     axes.set_ylabel("relative error at the end", fontsize=9)
@@ -182,6 +174,15 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+def _log_values(axes: Any) -> None:
+    """A logarithmic axis of values, marked 1, 2, 5, 10."""
+    from matplotlib import ticker
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+
+
 def _log_scale(axes: Any, values: Sequence[float]) -> None:
     """A logarithmic axis where positive values span more than a factor of five."""
     from matplotlib import ticker
@@ -189,9 +190,7 @@ def _log_scale(axes: Any, values: Sequence[float]) -> None:
     finite = [v for v in values if math.isfinite(v)]
     if not finite or min(finite) <= 0 or max(finite) <= 5 * min(finite):
         return
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    _log_values(axes)
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
