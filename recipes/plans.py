@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 
 from undiffuse.model import SHIPPED, Model, shipped
-from undiffuse.plans import keep, plan_name
+from undiffuse.plans import keep, made_for, plan_name
+from undiffuse.tune import Result
 
 NFE = (4, 5, 6, 8, 10)
 
@@ -25,10 +26,14 @@ def make(name: str, labels: bool, seconds: float, device: str) -> None:
     if not todo:
         return
     guidance = model.config.build("guidance") if labels else None
-    report = model.tune(todo, guidance=guidance, seconds=seconds, progress=print)
-    for n, result in report.results.items():
-        keep(result.plan, files[n])
+    about = made_for(model, name, model.config, labels)
+
+    def found(n: int, result: Result) -> None:
+        print(result)
+        keep(result.plan, files[n], about)
         print(f"{files[n]}: {files[n].stat().st_size:,} bytes", flush=True)
+
+    model.tune(todo, guidance=guidance, seconds=seconds, progress=found)
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from undiffuse import (
 )
 from undiffuse.modal import counted
 from undiffuse.tune import auto
-from undiffuse.tune.auto import CLASSIC, GRIDS, SPECTRAL, TIE, reference, rule, shortlist
+from undiffuse.tune.auto import CLASSIC, GRIDS, SHOWN, SPECTRAL, TIE, reference, rule, shortlist
 from undiffuse.tune.gaussian import mismatch
 
 DATA = diagonal(1.0, 0.25, 0.01, 0.0004, mean=0.2)
@@ -212,7 +212,8 @@ def test_without_a_spectrum_it_works_on_every_schedule(schedule):
 def test_a_report_names_what_was_tried():
     text = str(auto(MIXTURE, (6,), VP(), 4, spectrum=SPECTRUM, noises=8))
     assert "network rows" in text.splitlines()[0]
-    assert len(text.splitlines()) == 2 + len(shortlist(VP(), 4, SPECTRUM)[0])
+    assert f"of {len(shortlist(VP(), 4, SPECTRUM)[0])} of" in text.splitlines()[0]
+    assert len(text.splitlines()) == 2 + SHOWN
 
 
 def test_progress_reaches_its_end():

@@ -1,9 +1,11 @@
 """Plans from a run to its samples: chosen, kept, used again, shown."""
 
+import contextlib
 import json
 import os
 import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from safetensors.torch import load_file
 from tests.test_cli import put_model
 from undiffuse import VP, InputError, Modal, Model, Tableau, UniformLam, UniPC, read_plan, spectral, trace
 from undiffuse.config import Config
-from undiffuse.model import SHIPPED, find_run, shipped
+from undiffuse.model import SHIPPED, find_run, fingerprint, shipped
 from undiffuse.plans import plan_for, plan_name
+from undiffuse.tableau import made_for
 
 
 @pytest.fixture(scope="module")
@@ -95,17 +98,60 @@ def test_guided_plans_are_kept_by_weight_and_said(own, run):
     assert list((own / "samples").glob("seed0-each-nfe2-w3.png"))
 
 
-def test_a_plan_of_a_model_trained_further_is_made_anew(own):
+def test_a_plan_of_other_weights_is_made_anew(own):
     model = Model.load(own)
     assert plan_for(model, own, model.config, 1, False).choice is not None
     assert plan_for(model, own, model.config, 1, False).choice is None
     path = own / "plan-1.safetensors"
-    os.utime(path, (0, 0))
+    os.utime(path, (0, 0))  # a copied folder
+    assert plan_for(model, own, model.config, 1, False).choice is None
+    read_plan(path).save(path, made_for(path) | {"model": "of before"})
     assert plan_for(model, own, model.config, 1, False).choice is not None
-    assert path.stat().st_mtime > 0
+    assert made_for(path)["model"] == fingerprint(own)
     path.write_bytes(b"broken")
-    with pytest.raises(InputError, match=r"plan-1\.safetensors is not a readable plan"):
+    with pytest.raises(InputError, match=r"plan-1\.safetensors is not a readable plan.*delete it"):
         plan_for(model, own, model.config, 1, False)
+
+
+def test_any_flipped_bit_and_what_is_no_number_is_found(own, tmp_path):
+    model = Model.load(own)
+    levels = UniformLam()(VP(), 2)
+    for plan in (trace(UniPC(2), levels, "unipc"), spectral(model.spectrum, levels)):
+        path = tmp_path / "p.safetensors"
+        plan.save(path, {"w": 2.0})
+        assert made_for(path) == {"w": 2.0}
+        data = path.read_bytes()
+        for at in torch.randint(len(data) * 8, (200,), generator=torch.Generator().manual_seed(0)).tolist():
+            bad = bytearray(data)
+            bad[at // 8] ^= 1 << at % 8
+            path.write_bytes(bad)
+            with contextlib.suppress(InputError):
+                assert read_plan(path).show(16) == plan.show(16)  # a bit of the padding or of the layout's text
+                assert made_for(path) == {"w": 2.0}
+    table = trace(UniPC(2), levels)
+    replace(table, sigma=table.sigma * torch.nan).save(path)
+    with pytest.raises(InputError, match="NaN or infinite"):
+        read_plan(path)
+
+
+def test_a_plan_is_used_for_what_it_was_made_for(own, tmp_path, run):
+    model, about = Model.load(own), None
+    path = tmp_path / "p.safetensors"
+    assert run("sample", own, "--nfe", 2, "-n", 2, "--label", 1)[0] == 0
+    about = made_for(own / "plan-2-w2.safetensors")
+    plan = read_plan(own / "plan-2-w2.safetensors")
+    for changed, code, word in (
+        ({}, 0, ""),
+        ({"shape": [3, 8, 8]}, 2, "made for the shape [3, 8, 8], and this is [1, 8, 8]"),
+        ({"schedule": {"kind": "flow"}}, 2, "made for the schedule"),
+        ({"guidance": None}, 0, "warning"),
+        ({"model": "x"}, 0, "another model or other weights"),
+    ):
+        plan.save(path, about | changed)
+        found, _, err = run("sample", own, "--plan", path, "-n", 2, "--label", 1)
+        assert (found, word in err, bool(word) or not err) == (code, True, True), changed
+    with pytest.raises(InputError, match=r"got Choice: give its \.plan"):
+        model.sample(2, plan=model.auto(2, noises=0))
 
 
 def test_names_tell_plans_apart_that_must_differ(folder):

@@ -474,7 +474,7 @@ def test_over_fitted_gradients_are_not_kept():
         seconds=60,
         iterations=100,
         save=False,
-        progress=said.append,
+        progress=lambda n, result: said.append(str(result)),
     )
     rungs = {rung.name: rung for rung in report.results[6].rungs}
     assert rungs["gradient"].tuned.median < 0.1 * rungs["first"].tuned.median

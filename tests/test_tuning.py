@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from tests.test_cli import put_model
 from undiffuse import Level, Model, UniformLam, UniPC, read_plan, spectral, trace
 from undiffuse.plans import plan_for
+from undiffuse.tableau import made_for
 from undiffuse.tuning import judged_by, stock, tune_run
 
 
@@ -42,7 +44,7 @@ def errors(found, plan):
 
 def test_figures_are_those_of_fresh_noise(tuned):
     folder, found = tuned
-    facts = json.loads((folder / "tune-w2" / "report.json").read_text())
+    facts = json.loads((folder / "tune-w2-nfe2-3" / "report.json").read_text())
     assert set(facts["results"]) == {"2", "3"}
     for n, result in found.report.results.items():
         assert facts["results"][str(n)]["tuned"]["median"] == result.chosen.median
@@ -55,7 +57,7 @@ def test_figures_are_those_of_fresh_noise(tuned):
 def test_the_report_has_curves_pictures_and_rungs(tuned):
     folder, found = tuned
     page = found.page.read_text()
-    assert found.page == folder / "tune-w2" / "report.html"
+    assert found.page == folder / "tune-w2-nfe2-3" / "report.html"
     assert page.count("<img") == 3  # the errors and a row of pictures for each number of evaluations
     for word in ("stock", "auto", "tuned", "not kept" if "not kept" in str(found.report) else "kept"):
         assert word in page
@@ -69,19 +71,62 @@ def test_a_model_that_comes_along_is_tuned_into_a_folder_of_ones_own(tuned, run,
     code, out, err = run("tune", own, "--nfe", "1", "--seconds", "0.2", "--unconditional", "--out", "there", "--json")
     assert code == 0, err
     assert json.loads(out)["results"]["1"]["file"] == "there/plan-1.safetensors"
-    assert not (own / "tune").exists()
-    assert (tmp_path / "there" / "tune" / "report.html").is_file()
+    assert sorted(p.name for p in own.iterdir()) == sorted(p.name for p in folder.iterdir())
+    assert (tmp_path / "there" / "tune-nfe1" / "report.html").is_file()
     code, _, err = run("sample", own, "--plan", "there/plan-1.safetensors", "-n", "2", "--json")
     assert code == 0, err
 
 
-def test_tuning_again_starts_from_the_plan_of_auto(tuned, tmp_path):
+def test_tuning_again_goes_on_from_the_plan_that_is_there(tuned, tmp_path):
+    own = shutil.copytree(tuned[0], tmp_path / "own")
+    model, there = Model.load(own), read_plan(tuned[0] / "plan-2-w2.safetensors")
+    found = tune_run(model, own, model.config, (2,), True, seconds=0.2)
+    result = found.report.results[2]
+    assert result.first.show() == there.show()
+    assert result.chosen.median <= result.start.median * 1.1
+    assert plan_for(model, own, model.config, 2, True).plan.show() == result.plan.show()
+
+
+def test_a_plan_tuned_for_other_weights_is_not_used_nor_lost(tuned, run, tmp_path):
+    own = shutil.copytree(tuned[0], tmp_path / "own")
+    path = own / "plan-2-w2.safetensors"
+    read_plan(path).save(path, made_for(path) | {"model": "other"})
+    plan, before = read_plan(path), path.read_bytes()
+    replace(plan, name="mine, tuned").save(path, made_for(path))
+    before = path.read_bytes()
+    code, _, err = run("sample", own, "--nfe", 2, "-n", 2, "--label", 1)
+    assert (code, "was tuned for other weights" in err) == (2, True)
+    assert path.read_bytes() == before
+    replace(plan, name="by auto").save(path, made_for(path))
+    code, out, err = run("sample", own, "--nfe", 2, "-n", 2, "--label", 1, "--json")
+    assert code == 0, err
+    assert json.loads(out)["plan"]["rows"] > 0
+
+
+def test_other_files_where_the_report_goes_stay(tuned, run, tmp_path):
+    own = shutil.copytree(tuned[0], tmp_path / "own")
+    mine = own / "tune-w2-nfe2" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("precious")
+    code, _, err = run("tune", own, "--nfe", 2, "--seconds", 0.2)
+    assert (code, "holds other files than a tuning's report has, such as mine.txt" in err) == (2, True)
+    assert mine.read_text() == "precious"
+    (tmp_path / "afile").touch()
+    code, _, err = run("tune", own, "--nfe", 2, "--out", tmp_path / "afile")
+    assert (code, "is a file: a tuning's report needs the name of a folder" in err) == (2, True)
+
+
+def test_plans_are_kept_as_they_are_found(tuned, tmp_path):
     own = shutil.copytree(tuned[0], tmp_path / "own")
     model = Model.load(own)
-    first = model.auto(2, guidance=model.config.build("guidance")).plan
-    found = tune_run(model, own, model.config, (2,), True, seconds=0.2)
-    assert found.report.results[2].first.show() == first.show()
-    assert plan_for(model, own, model.config, 2, True).plan.show() == found.report.results[2].plan.show()
+
+    def stop(text):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune_run(model, own, model.config, (1, 2), False, seconds=0.2, progress=stop)
+    assert (own / "plan-1.safetensors").is_file()
+    assert not (own / "plan-2.safetensors").exists()
 
 
 def test_noise_and_interval_are_decided_by_score_and_sampled_with(tuned, run, tmp_path):
@@ -89,7 +134,7 @@ def test_noise_and_interval_are_decided_by_score_and_sampled_with(tuned, run, tm
     code, out, err = run("tune", own, "--nfe", 2, "--seconds", 0.2, "--score", "--json", "guidance.w=3")
     assert code == 0, err
     facts = json.loads(out)["results"]["2"]
-    page = (own / "tune-w3" / "report.html").read_text()
+    page = (own / "tune-w3-nfe2" / "report.html").read_text()
     assert "Noise and guidance intervals, 2 evaluations" in page
     assert facts["by score"] in page
     assert "w 3 below 3 std" in page
@@ -117,11 +162,11 @@ def test_a_plan_chosen_by_features_says_so(tuned, modal):
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["--nfe", "0"], "budgets"),
+        (["--nfe", "0"], "numbers of evaluations must be from 1 to 60"),
         (["--nfe", "4,four"], "--nfe must be whole numbers such as 4,6,8, got '4,four'"),
-        (["--nfe", "4,4"], "each number of evaluations once"),
-        (["--seconds", "0"], "seconds > 0"),
-        (["--seconds", "nan"], "seconds > 0"),
+        (["--nfe", "4,4"], "each once, such as 4,6,8; got 4,4"),
+        (["--seconds", "0"], "seconds of gradient steps must be > 0, got 0.0"),
+        (["--seconds", "nan"], "must be > 0, got nan"),
         (["net.width=8"], "net was fixed when the run was trained"),
     ],
 )

@@ -42,7 +42,7 @@ from undiffuse.guide import CFG
 from undiffuse.modal import read_plan
 from undiffuse.model import Model, comes_along, find_run, nearest_run, run_folder, shipped
 from undiffuse.nets import presets
-from undiffuse.plans import Kept, plan_for
+from undiffuse.plans import Kept, check_plan, kept_plan, made_for, own, plan_for
 from undiffuse.train import Lost, NonFinite, Preempted, Processes, Signals, TrainState
 from undiffuse.tuning import tune_run
 from undiffuse.types import InputError
@@ -268,11 +268,16 @@ def sample(
     if dry_run:
         return _dry(config, as_json)
     if out is not None and (out.is_dir() or not out.suffix):
-        file = plan
+        file, labelled = plan, bool(model.cycle(label))
+        if plan is not None:
+            _fits(plan, model, run, config, labelled)
         if nfe is not None:
-            file = _chosen(model, run, config, nfe, bool(model.cycle(label)), as_json).path
-            if file is None:
-                raise InputError(f"the plan of {nfe} evaluations cannot be kept in {run}, and shards need its file")
+            if kept_plan(model, run, config, nfe, labelled) is None and not own(run_folder(run)):
+                raise InputError(
+                    f"shards need a plan in a file, and {run} has none of {nfe} evaluations: make it with "
+                    f"`undiffuse tune {run} --nfe {nfe} --out FOLDER`, and give it as --plan"
+                )
+            file = _chosen(model, run, config, nfe, labelled, as_json).path
         job = bulk_module.plan(
             model,
             run,
@@ -295,6 +300,8 @@ def sample(
     labels = torch.tensor(cycle)[torch.arange(use.n) % len(cycle)] if cycle else None
     words = "any" if label is None else re.sub(r"[^\w-]+", "_", label)
     table, kept = None if plan is None else read_plan(plan), None
+    if plan is not None:
+        _fits(plan, model, run, config, bool(cycle))
     if nfe is not None:
         kept = _chosen(model, run, config, nfe, bool(cycle), as_json)
         table = kept.plan
@@ -350,7 +357,8 @@ def sample(
     if kept is not None and kept.choice is not None:
         facts["plan"]["rows"] = kept.choice.rows
         if not as_json:
-            console.print(str(kept.choice) + (f"\nkept in {kept.path}" if kept.path else ""), soft_wrap=True)
+            there = f"kept in {kept.path}" if kept.path else f"not kept: {run_folder(run)} is not written to"
+            console.print(f"{kept.choice}\n{there}", soft_wrap=True)
     text = f"{out}: {use.n} samples, {facts['nfe']} evaluations, {facts['rows_per_sample']:g} network rows a sample, "
     _say(as_json, facts, text + f"{1000 * seconds / use.n:.1f} ms a sample")
 
@@ -375,8 +383,9 @@ def tune(
     """Tune levels and coefficients of few evaluations for a run, e.g. `undiffuse tune runs/mine --nfe 4,6,8
     guidance.w=2`.
 
-    Plans are kept as plan-NFE.safetensors, which `undiffuse sample RUN --nfe NFE` takes, each only where it beats the
-    sampler that was there on noise that it was not tuned on; tune/report.html compares them.
+    Plans are kept as plan-NFE.safetensors, with labels plan-NFE-wW, which `undiffuse sample RUN --nfe NFE` takes: the
+    sampler that was there stays where tuning does not beat it on noise that was not tuned on. Each is kept as soon as
+    it is found; the same command again goes on from it. report.html in a folder beside compares them.
     """
     model = Model.load(run, ema)
     layer = parse_overrides(overrides or [])
@@ -398,7 +407,14 @@ def tune(
         model, run, config, budgets, labels, seconds=seconds, score=score, out=out, progress=None if as_json else tell
     )
     kept = "".join(f"\n{n} evaluations: {path}" for n, path in found.plans.items())
-    _say(as_json, found.facts, f"{found.report.seconds:.0f} s; report: {found.page}{kept}")
+    use = "" if found.page.is_relative_to(run_folder(run)) else f"\nuse: undiffuse sample {run} --plan FILE"
+    _say(as_json, found.facts, f"{found.report.seconds:.0f} s; report: {found.page}{kept}{use}")
+
+
+def _fits(plan: Path, model: Model, run: str | Path, config: Config, labels: bool) -> None:
+    """InputError for a plan that cannot be used here, and a word on one that was made for something else."""
+    if word := check_plan(plan, made_for(model, run, config, labels)):
+        notes.print(f"warning: {word}", soft_wrap=True, markup=False)
 
 
 def _chosen(model: Model, run: str | Path, config: Config, nfe: int, labels: bool, quiet: bool) -> Kept:
@@ -565,6 +581,8 @@ def evaluate(
     if nfe is not None or plan is not None:
         _no_more_than_a_plan(nfe, plan, layer)
     table = None if plan is None else read_plan(plan)
+    if plan is not None:
+        _fits(plan, model, run, config, bool(model.classes))
     name = plan.stem if plan is not None else _how(config, bool(model.classes))
     if nfe is not None:
         table = _chosen(model, run, config, nfe, bool(model.classes), as_json).plan

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from undiffuse.schedule import Schedule
 from undiffuse.solvers.spectral import Spectral
 from undiffuse.spectrum import Spectrum
 from undiffuse.tableau import FORMAT as TABLEAU
-from undiffuse.tableau import Tableau, made_tableau, read, trace
+from undiffuse.tableau import Tableau, made_tableau, read, trace, write
 from undiffuse.types import Denoise, InputError, Noise
 
 FORMAT = "undiffuse-modal-1"
@@ -207,18 +206,15 @@ class Modal:
                 lines.append(f"group {g}, {int(count[of].sum())} directions, {ends}: {table.show(digits)}")
         return "\n".join(lines)
 
-    def save(self, path: str | Path) -> None:
-        """Write as safetensors with a JSON header; exact."""
-        from safetensors.torch import save_file
-
+    def save(self, path: str | Path, made_for: Mapping[str, Any] | None = None) -> None:
+        """Write as safetensors with a JSON header, which says what it was `made_for`; exact."""
         first, s = self.tables[0], self.spectrum
         parts = {name: getattr(first, name) for name in SHARED} | {"group": self.group}
         parts |= {name: torch.stack([getattr(table, name) for table in self.tables]) for name in ("points", "out")}
         parts |= {"mean": s.mean, "variances": s.variances, "rest": torch.tensor(s.rest, dtype=torch.float64)}
         parts |= {"shape": torch.tensor(s.shape)} | ({} if s.basis is None else {"basis": s.basis})
         names = {"names": [t.name for t in self.tables], "tuned_on": [t.tuned_on for t in self.tables]}
-        header = {"undiffuse": json.dumps({"format": FORMAT, "name": self.name} | names)}
-        save_file({k: v.clone(memory_format=torch.contiguous_format) for k, v in parts.items()}, path, metadata=header)
+        write(path, parts, {"format": FORMAT, "name": self.name} | names, made_for)
 
     @staticmethod
     def load(path: str | Path) -> Modal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -25,8 +26,8 @@ from undiffuse.schedule import Schedule
 from undiffuse.solvers import Solver
 from undiffuse.spectrum import Spectrum
 from undiffuse.tableau import Tableau
-from undiffuse.train import Snapshots, commit, load_weights, verify, weights
-from undiffuse.tune import Choice, Report, auto, ladder
+from undiffuse.train import MANIFEST, Snapshots, commit, load_weights, verify, weights
+from undiffuse.tune import Choice, Report, Result, auto, ladder
 from undiffuse.types import Denoise, InputError, Plan, did_you_mean
 
 SHIPPED = Path(__file__).parent / "models"
@@ -74,6 +75,12 @@ def run_folder(run: str | Path) -> Path:
     if found is None:
         raise InputError(f"{run} is no run folder: train one with `undiffuse train out=FOLDER`")
     return found
+
+
+def fingerprint(run: str | Path) -> str:
+    """The hash of a finished model's hashes."""
+    manifest = json.loads((Path(run) / "model" / MANIFEST).read_text())
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +275,7 @@ class Model:
         first: Callable[[int], Tableau | Modal] | None = None,
         seconds: float = 120.0,
         seed: int = 0,
-        progress: Callable[[str], None] | None = None,
+        progress: Callable[[int, Result], None] | None = None,
     ) -> Report:
         """Levels and coefficients tuned for this model, `seconds` for each number of evaluations: `results[6].plan`.
 

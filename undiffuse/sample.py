@@ -158,6 +158,9 @@ def sample(
     >>> sample(model, (5, 2), VP(), steps=4).shape
     torch.Size([5, 2])
     """
+    if plan is not None and not hasattr(plan, "run"):
+        inside = ": give its .plan" if hasattr(plan, "plan") else ""
+        raise InputError(f"plan is a Tableau or a Modal, such as read_plan(FILE), got {type(plan).__name__}{inside}")
     if plan is not None and (solver is not None or grid is not None):
         raise InputError("a plan is a solver on its own levels: leave solver and grid out, or the plan")
     solver, grid = solver or DPMpp2M(), grid or UniformLam()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -276,13 +277,11 @@ class Tableau:
             lines.append(f"{f'D{i + 1} at' if i < n else 'x_end':>7} {lam:>12} : {' '.join(terms) or '0'}")
         return "\n".join(lines)
 
-    def save(self, path: str | Path) -> None:
-        """Write as safetensors with a JSON header; exact."""
-        from safetensors.torch import save_file
-
+    def save(self, path: str | Path, made_for: Mapping[str, Any] | None = None) -> None:
+        """Write as safetensors with a JSON header, which says what it was `made_for`; exact."""
         names = ("alpha", "sigma", "points", "out", "start", "end")
-        header = {"undiffuse": json.dumps({"format": FORMAT, "name": self.name, "tuned_on": self.tuned_on})}
-        save_file({k: getattr(self, k).contiguous() for k in names}, path, metadata=header)
+        header = {"format": FORMAT, "name": self.name, "tuned_on": self.tuned_on}
+        write(path, {k: getattr(self, k) for k in names}, header, made_for)
 
     @staticmethod
     def load(path: str | Path) -> Tableau:
@@ -296,17 +295,59 @@ def made_tableau(parts: dict[str, Tensor], header: dict[str, Any]) -> Tableau:
     return Tableau(**named, name=str(header["name"]), tuned_on=tuple(map(str, header.get("tuned_on", ()))))
 
 
+def write(
+    path: str | Path, parts: dict[str, Tensor], header: dict[str, Any], made_for: Mapping[str, Any] | None
+) -> None:
+    """Write a plan's tensors and header, with their hash."""
+    from safetensors.torch import save
+
+    parts = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in parts.items()}
+    header = json.loads(json.dumps(header | {"made_for": dict(made_for or {})}))
+    header["sha256"] = _digest(parts, header)
+    Path(path).write_bytes(save(parts, metadata={"undiffuse": json.dumps(header)}))
+
+
+def _digest(parts: dict[str, Tensor], header: dict[str, Any]) -> str:
+    """The hash of all that a plan's file says."""
+    found = hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "sha256"}, sort_keys=True).encode())
+    for name in sorted(parts):
+        found.update(name.encode() + parts[name].numpy().tobytes())
+    return found.hexdigest()
+
+
+def made_for(path: str | Path) -> dict[str, Any]:
+    """What the plan in a file was made for, as `save` was told; InputError for what is no plan's file."""
+    return dict(contents(path)[1].get("made_for", {}))
+
+
 def read(path: str | Path, formats: Mapping[str, Callable[[dict[str, Tensor], dict[str, Any]], T]]) -> T:
     """What the format of a file makes of its tensors and its JSON header; InputError for a file of no such format."""
+    parts, header = contents(path)
+    try:
+        return formats[header["format"]](parts, header)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not a readable plan ({' or '.join(formats)}): {error}") from error
+
+
+def contents(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A plan file's tensors and header; InputError for any other file, and where a bit has changed."""
     from safetensors import SafetensorError, safe_open
 
+    if not Path(path).is_file():
+        raise InputError(f"{path} is not a readable plan: there is no such file")
     try:
         with safe_open(path, "pt") as f:
-            header = json.loads((f.metadata() or {})["undiffuse"])
+            header = json.loads((f.metadata() or {}).get("undiffuse", "{}"))
             parts = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (it is no dict)
-        return formats[header["format"]](parts, header)
+        if "format" not in header:
+            raise ValueError("it is a file of another kind")
+        if header["sha256"] != _digest(parts, header):
+            raise ValueError("it is damaged, what it holds is not what was written")
+        if not all(bool(torch.isfinite(part).all()) for part in parts.values()):
+            raise ValueError("it has coefficients that are NaN or infinite")
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise InputError(f"{path} is not a readable plan ({' or '.join(formats)}): {error}") from error
+        raise InputError(f"{path} is not a readable plan: {error}") from error
+    return parts, header
 
 
 def trace(solver: Solver, levels: Sequence[Level], name: str = "") -> Tableau:

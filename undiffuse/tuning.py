@@ -17,20 +17,21 @@ from undiffuse.config import Config
 from undiffuse.evals import extract, open_features
 from undiffuse.evals.distances import frechet
 from undiffuse.evaluation.open import data_of_run
+from undiffuse.evaluation.report import writable
 from undiffuse.guide import CFG, Guidance
 from undiffuse.level import Level
 from undiffuse.modal import Modal
 from undiffuse.model import Model, run_folder
-from undiffuse.plans import TUNED, keep, own, plan_for, plan_name
+from undiffuse.plans import TUNED, keep, kept_plan, made_for, own, plan_name
 from undiffuse.solvers import DPMpp2M
 from undiffuse.tableau import Tableau, trace
 from undiffuse.train import commit
-from undiffuse.tune import Errors, Report, Scored, by_score, drawing, intervals, noisy, reference, ways
+from undiffuse.tune import STEPS, Errors, Report, Result, Scored, by_score, drawing, intervals, noisy, reference, ways
 from undiffuse.types import InputError
 
 Plan = Tableau | Modal
 
-SHOWN = 10  # pictures a row
+SHOWN, REPORT = 10, "report.json"  # pictures a row; the file of figures
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +49,9 @@ class Tuned:
         """The figures as plain data."""
         rows: dict[int, dict[str, Any]] = {}
         for n, result in self.report.results.items():
-            errors = {"stock": self.stock[n], "auto": result.start, "tuned": result.chosen}
-            rows[n] = {"plan": result.plan.name, "file": str(self.plans[n])}
+            errors = {"stock": self.stock[n], "before": result.start, "tuned": result.chosen}
+            kept = self.decided[n].plan if n in self.decided else result.plan
+            rows[n] = {"plan": kept.name, "before is": result.first.name, "file": str(self.plans[n])}
             rows[n] |= {name: error._asdict() for name, error in errors.items()}
             if n in self.decided:
                 rows[n] |= {"by score": self.decided[n].scored.chosen, "words": self.decided[n].words}
@@ -71,46 +73,50 @@ def tune_run(
     """Plans of `nfe` evaluations for a run sampled as `config` says, with labels or without, better on noise that was
     not used than those of `auto`, or these; kept in `out`, by default the run's own folder, where `sample` finds them.
 
-    Each takes about `seconds` of gradient steps. `score` then asks whether noise or a guidance interval is better for
-    this model (see `decide`). The report is in the folder tune/ beside. Raises InputError for bad budgets, and for a
-    folder that may not be written to.
+    Each takes about `seconds` of gradient steps, and is kept as soon as it is found; a plan that was tuned before is to
+    be beaten, and goes on. `score` then asks whether noise or a guidance interval is better for this model (see
+    `decide`). The report is in a folder beside. Raises InputError for bad budgets, and for a folder that may not be
+    written to or holds other files.
     """
     folder = Path(out) if out is not None else run_folder(run)
-    if not nfe or len(set(nfe)) < len(nfe):
+    if not nfe or len(set(nfe)) < len(nfe) or not all(1 <= n <= STEPS for n in nfe):
         raise InputError(
-            f"give each number of evaluations once, such as 4,6,8; got {','.join(map(str, nfe)) or 'none'}"
+            f"numbers of evaluations must be from 1 to {STEPS}, each once, such as 4,6,8; got "
+            f"{','.join(map(str, nfe)) or 'none'}"
         )
+    if not 0 < seconds < math.inf:
+        raise InputError(f"seconds of gradient steps must be > 0, got {seconds}")
     if out is None and not own(folder):
         raise InputError(f"{folder} is not yours to write to: give a folder of your own with --out")
+    name = plan_name(model, config, 0, labels).removeprefix("plan-0").removesuffix(".safetensors")
+    page = folder / f"tune{name}-nfe{'-'.join(map(str, nfe))}" / "report.html"
+    writable(page.parent, "a tuning's report", REPORT)
     used, guidance = model.using(config), config.build("guidance") if labels else None
+    about, plans = made_for(model, run, config, labels), {n: folder / plan_name(model, config, n, labels) for n in nfe}
+    before = {n: kept_plan(model, run, config, n, labels) for n in nfe}
 
     def first(n: int) -> Plan:
-        kept = plan_for(model, run, config, n, labels)
-        ours = kept.plan.name.endswith(TUNED) or kept.plan.draws or kept.plan.tuned_on
-        return used.auto(n, guidance=guidance).plan if ours else kept.plan
+        kept = before[n]
+        fits = kept is not None and not kept.plan.draws and not kept.plan.tuned_on
+        return kept.plan if kept is not None and fits else used.auto(n, guidance=guidance).plan
 
-    report = used.tune(nfe, guidance=guidance, first=first, seconds=seconds, progress=progress)
-    folder.mkdir(parents=True, exist_ok=True)
-    plans = {n: folder / plan_name(model, config, n, labels) for n in nfe}
-    for n, path in plans.items():
-        keep(report.results[n].plan, path)
+    def found_one(n: int, result: Result) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        keep(result.plan, plans[n], about)
+        if progress is not None:
+            progress(str(result))
+
+    report = used.tune(nfe, guidance=guidance, first=first, seconds=seconds, progress=found_one)
     decided = dict[int, Decision]()
     for n in nfe if score else ():
         decided[n] = decide(used, run_folder(run), report.results[n].plan, labels)
         plans[n] = folder / plan_name(model, decided[n].config, n, labels)
-        keep(decided[n].plan, plans[n])
+        keep(decided[n].plan, plans[n], made_for(model, run, decided[n].config, labels))
         if progress is not None:
             progress(str(decided[n]))
     stocks = {n: stock(config, n) for n in nfe}
-    name = plan_name(model, config, 0, labels).removeprefix("plan-0").removesuffix(".safetensors")
-    page = folder / f"tune{name}" / "report.html"
-    found = Tuned(
-        report,
-        {n: report.fresh.errors(plan.run, Level(*plan.start)) for n, plan in stocks.items()},
-        plans,
-        page,
-        decided,
-    )
+    off = {n: report.fresh.errors(plan.run, Level(*plan.start)) for n, plan in stocks.items()}
+    found = Tuned(report, off, plans, page, decided)
     commit(page.parent, lambda aside: _write(found, used, stocks, guidance, aside))
     return found
 
@@ -187,10 +193,11 @@ def stock(config: Config, nfe: int) -> Plan:
 
 def _write(found: Tuned, model: Model, stocks: dict[int, Plan], guidance: Any, aside: Path) -> None:
     results = found.report.results
-    (aside / "report.json").write_text(json.dumps(found.facts, indent=1) + "\n")
+    (aside / REPORT).write_text(json.dumps(found.facts, indent=1) + "\n")
+    before = "before" if any(r.first.name.endswith(TUNED) for r in results.values()) else "auto"
     curves = {
         "stock": found.stock,
-        "auto": {n: result.start for n, result in results.items()},
+        before: {n: result.start for n, result in results.items()},
         "tuned": {n: result.chosen for n, result in results.items()},
     }
     plot.plot_errors(
@@ -209,7 +216,7 @@ def _write(found: Tuned, model: Model, stocks: dict[int, Plan], guidance: Any, a
     if len(model.shape) == 3 and model.shape[0] in (1, 3):
         for n, result in results.items():
             label = None if guidance is None else [k % model.classes for k in range(SHOWN)]
-            shown = {"stock": stocks[n], "auto": result.first, "tuned": result.plan}
+            shown = {"stock": stocks[n], before: result.first, "tuned": result.plan}
             shown["exact"] = reference(model.schedule, n, model.spectrum)
             drawn: dict[str, Tensor] = {
                 name: model.shown(model.sample(SHOWN, label, plan=plan, guidance=guidance))
@@ -217,11 +224,13 @@ def _write(found: Tuned, model: Model, stocks: dict[int, Plan], guidance: Any, a
             }
             path = aside / f"samples-{n}.png"
             plot.plot_rows(drawn, path)
-            caption = f"{n} evaluations: {result.plan.name}; exact: {shown['exact'].nfe} evaluations."
+            what = "tuning found nothing better" if result.plan is result.first else result.plan.name
+            caption = f"{n} evaluations: {what}; exact: {shown['exact'].nfe} evaluations."
             body.append(
                 f'<figure><img src="{plot.data_uri(path)}" alt="samples"><figcaption>{caption}</figcaption></figure>'
             )
-    body.append(f"<h2>Rungs</h2><pre>{html.escape(str(found.report))}</pre>")
+    rungs = html.escape(str(found.report))
+    body.append(f"<h2>Rungs</h2><p>Errors: median, RMS, 90th percentile, variance kept.</p><pre>{rungs}</pre>")
     body += [
         f"<h2>Noise and guidance intervals, {n} evaluations</h2><pre>{html.escape(str(decision))}</pre>"
         for n, decision in found.decided.items()

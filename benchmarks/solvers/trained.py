@@ -95,7 +95,9 @@ class Study:
         }
         if not all(path.exists() for pair in files.values() for path in pair):
             begun = time.process_time()
-            report: Report = self.model.tune(NFE, guidance=self.w, seconds=self.seconds, progress=print)
+            report: Report = self.model.tune(
+                NFE, guidance=self.w, seconds=self.seconds, progress=lambda n, result: print(result)
+            )
             used = time.process_time() - begun
             for n, (auto_file, tuned_file) in files.items():
                 report.results[n].first.save(auto_file)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +11,8 @@ import torch
 
 from undiffuse.config import DEFAULTS, Config
 from undiffuse.modal import read_plan
-from undiffuse.model import Model, run_folder
-from undiffuse.train import MANIFEST, sha256
+from undiffuse.model import Model, fingerprint, run_folder
+from undiffuse.train import sha256
 from undiffuse.types import InputError
 
 SETTINGS = ("schedule", "solver", "grid", "guidance", "sample")  # what a job may set; the rest was fixed by training
@@ -125,9 +123,3 @@ def plan(
     where = found.resolve(), Path(out).resolve(), fingerprint(found), model.ema
     by = None if table is None else (table.resolve(), sha256(table))
     return Job(*where, kept, model.cycle(label), model.classes, shard, format, device, threads, by)
-
-
-def fingerprint(run: str | Path) -> str:
-    """The hash of a finished model's hashes."""
-    manifest = json.loads((Path(run) / "model" / MANIFEST).read_text())
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

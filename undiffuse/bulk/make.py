@@ -16,10 +16,10 @@ from torch import Tensor
 
 from undiffuse import plot
 from undiffuse.bulk.folder import claim, to_json, trouble_of
-from undiffuse.bulk.job import Job, fingerprint
+from undiffuse.bulk.job import Job
 from undiffuse.config import Config
 from undiffuse.modal import read_plan
-from undiffuse.model import Model
+from undiffuse.model import Model, fingerprint
 from undiffuse.sample import State
 from undiffuse.train import NonFinite, replace_bytes, sha256
 from undiffuse.types import InputError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,22 +75,25 @@ def write(found: Evaluation, folder: str | Path) -> Path:
     return folder / "report.html"
 
 
-def writable(folder: Path) -> None:
-    """Raises InputError for a path that `write` would not write to."""
+def writable(folder: Path, what: str = "an evaluation", mark: str = FILE) -> None:
+    """Raises InputError for a path to which a folder of this kind, known by the file `mark`, is not written."""
     if not str(folder).strip() or folder in (Path(), Path("/")):
-        raise InputError(f"an evaluation is a folder of its own: give its name, got {str(folder)!r}")
+        raise InputError(f"{what} is a folder of its own: give its name, got {str(folder)!r}")
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
-            raise InputError(f"{path} is a file: an evaluation needs the name of a folder")
+            raise InputError(f"{path} is a file: {what} needs the name of a folder")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise InputError(f"{folder} cannot be written: there is no permission to write to {there}")
     if folder.is_dir() and any(folder.iterdir()):
         try:
             known = {MANIFEST, *json.loads((folder / MANIFEST).read_text())}
         except (OSError, ValueError, TypeError):
             known = set()
         others = sorted(path.name for path in folder.iterdir() if path.name not in known)
-        if FILE not in known or others:
+        if mark not in known or others:
             raise InputError(
-                f"{folder} holds other files than an evaluation's, such as {', '.join(others[:3])}: give another folder"
+                f"{folder} holds other files than {what} has, such as {', '.join(others[:3])}: give another folder"
             )
 
 

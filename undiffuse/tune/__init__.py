@@ -4,10 +4,11 @@ from undiffuse.tune.auto import Choice, Trial, auto, reference
 from undiffuse.tune.coefficients import Ends, Errors
 from undiffuse.tune.family import Family, between
 from undiffuse.tune.gaussian import tune_gaussian, tune_kept
-from undiffuse.tune.ladder import Report, Result, Rung, ladder
+from undiffuse.tune.ladder import STEPS, Report, Result, Rung, ladder
 from undiffuse.tune.score import Candidate, Scored, by_score, drawing, intervals, noisy, ways
 
 __all__ = [
+    "STEPS",
     "Candidate",
     "Choice",
     "Ends",

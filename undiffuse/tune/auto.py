@@ -59,6 +59,7 @@ GRIDS: dict[str, Callable[[Spectrum], Grid]] = {
     "quadratic": lambda data: Quadratic(),
 }
 WORST = 1 / 3  # of the plans that the closed form discards
+SHOWN = 6  # plans in a printed choice
 FEW, SOME = 4, 12  # noises of the first and the second round; the third has all
 KEPT, LAST = 16, 5  # plans in the second and the third
 FINE = 8  # evaluations of the reference for each of a plan's, and at least LEAST
@@ -66,6 +67,13 @@ LEAST = 40
 TIE = 0.02  # errors this near to the least are equal, and the simpler plan is taken
 STRONG = 5.0  # guidance from which extrapolation runs away with few evaluations
 UNKNOWN = Spectrum(torch.zeros(9), 10.0 ** -torch.arange(0, 4.5, 0.5, dtype=torch.float64))  # data of all scales
+
+
+def as_guidance(guidance: Guidance | float) -> Guidance:
+    """A guidance, a number being the weight of CFG; InputError for anything else."""
+    if not isinstance(guidance, int | float) and not callable(guidance):
+        raise InputError(f"guidance is a weight or a guidance such as CFG(2.0), got {guidance!r}")
+    return CFG(float(guidance)) if isinstance(guidance, int | float) else guidance
 
 
 class Trial(NamedTuple):
@@ -93,7 +101,8 @@ class Choice:
         if tried:
             lines[0] += f" of {len(tried)} of {len(self.trials)} plans, {self.rows:,} network rows"
             lines.append(f"{'plan':28} {'Gaussian error':>14} {'median error':>13} {'of 90 %':>9} {'noises':>7}")
-        lines += [f"{t.name:28} {t.gaussian:14.4f} {t.error:13.4f} {t.tail:9.4f} {t.noises:7}" for t in tried]
+        best = tried[:SHOWN]
+        lines += [f"{t.name:28} {t.gaussian:14.4f} {t.error:13.4f} {t.tail:9.4f} {t.noises:7}" for t in best]
         return "\n".join(lines)
 
 
@@ -130,7 +139,7 @@ def auto(
     >>> auto(Gaussian(data), (2,), VP(), 5, spectrum=data, noises=0).plan.name
     'spectral-3c on spectral'
     """
-    guide = CFG(float(guidance)) if isinstance(guidance, int | float) else guidance
+    guide = as_guidance(guidance)
     _check(shape, nfe, spectrum, noises, cond, batch)
     if not noises:
         return Choice(_made(*rule(nfe, spectrum, getattr(guide, "w", 1.0)), schedule, nfe, spectrum))

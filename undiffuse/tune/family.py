@@ -232,7 +232,8 @@ def between(family: Family, schedule: Schedule, plans: Mapping[float, Tableau | 
     """
     below, above = max((v for v in plans if v <= w), default=None), min((v for v in plans if v >= w), default=None)
     if below is None or above is None:
-        raise InputError(f"plans for w = {', '.join(map(str, sorted(plans)))} say nothing of w = {w}: tune one for it")
+        known = ", ".join(map(str, sorted(plans))) or "no guidance at all"
+        raise InputError(f"plans for w = {known} say nothing of w = {w}: tune one for it")
     a, b = (family.corrections(plans[v]) for v in (below, above))
     if a is None or b is None or a.shape != b.shape:
         raise InputError("plans to interpolate must be of the family and have as many evaluations as each other")

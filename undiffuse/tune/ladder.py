@@ -188,7 +188,7 @@ def ladder(
     save: bool = True,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[int, Result], None] | None = None,
 ) -> Report:
     """The best plan for each number of evaluations in `nfe`, in about `seconds` of gradient steps for each of them.
 
@@ -201,12 +201,16 @@ def ladder(
     `fresh` others measure what was chosen. `reference` (default: that of `auto`) gives the ends. Raises InputError for
     budgets < 1, fewer than 2 noises, and a first plan of another budget.
     """
+    if isinstance(nfe, int) or not all(isinstance(n, int) for n in nfe):
+        raise InputError(f"nfe is a list of whole numbers such as [4, 6, 8], got {nfe!r}")
+    if not isinstance(spectrum, Spectrum):
+        raise InputError(f"tuning needs the data's Spectrum, such as Spectrum.measure(x), got {spectrum!r}")
     if not nfe or min(nfe) < 1 or max(nfe) > STEPS or min(tuning, held_out, fresh) < 2:
         raise InputError(
             f"the ladder needs budgets of 1 to {STEPS} evaluations and at least 2 noises to tune on, 2 to hold out and "
             f"2 fresh ones, got {tuple(nfe)}, {tuning}, {held_out} and {fresh}"
         )
-    if not (seconds > 0 and iterations > 0):
+    if not (isinstance(seconds, int | float) and seconds > 0 and iterations > 0):
         raise InputError(f"tuning needs seconds > 0 and iterations > 0, got {seconds} and {iterations}")
     begun, grid = time.monotonic(), SpectralGrid(spectrum)
     tried = families(spectrum) if tried is None else tried
@@ -244,7 +248,7 @@ def ladder(
         _gradients(climb, tried, schedule, seconds, iterations, save)
         results[n] = _result(climb, new)
         if progress is not None:
-            progress(str(results[n]))
+            progress(n, results[n])
     return Report(results, new, time.monotonic() - begun)
 
 

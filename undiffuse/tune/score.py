@@ -18,7 +18,7 @@ from undiffuse.seeds import seed_of
 from undiffuse.solvers import DDIM, Adams, SASolver, Solver
 from undiffuse.spectrum import Spectrum
 from undiffuse.tableau import trace
-from undiffuse.tune.auto import GRIDS, UNKNOWN, Plan
+from undiffuse.tune.auto import GRIDS, UNKNOWN, Plan, as_guidance
 from undiffuse.tune.gaussian import mismatch
 from undiffuse.types import InputError, Model
 
@@ -37,11 +37,6 @@ ENDS = {  # of guidance: sigma / alpha in units of the data's std; most of the p
     " below 0.75 std": (0.0, 0.75),
     " from 0.3 to 3 std": (0.3, 3.0),
 }
-
-
-def as_guidance(guidance: Guidance | float) -> Guidance:
-    """A guidance, a number being the weight of CFG."""
-    return CFG(float(guidance)) if isinstance(guidance, int | float) else guidance
 
 
 class Candidate(NamedTuple):
@@ -100,10 +95,11 @@ class Scored:
     fresh: int
 
     def __str__(self) -> str:
-        lines = [f"{'candidate':32} {'rows':>5} {'samples':>8} {'score':>10}  gain over the first, same noise"]
+        wide = max(len("candidate"), *(len(t.name) for t in self.tried))
+        lines = [f"{'candidate':{wide}} {'rows':>5} {'samples':>8} {'score':>10}  gain over the first, same noise"]
         for t in self.tried:
             mark = "  <- kept" if t.name == self.chosen else ""
-            lines.append(f"{t.name:32} {t.rows:5} {t.samples:8} {t.score:10.4g}  {t.gain}{mark}")
+            lines.append(f"{t.name:{wide}} {t.rows:5} {t.samples:8} {t.score:10.4g}  {t.gain}{mark}")
         if self.gain is not None:
             verdict = "taken" if self.gain.sure else "not taken: within what chance may give"
             lines.append(f"{self.best} on {self.fresh} fresh samples: {self.gain}, {verdict}")
