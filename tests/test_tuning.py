@@ -75,6 +75,9 @@ def test_a_model_that_comes_along_is_tuned_into_a_folder_of_ones_own(tuned, run,
     assert (tmp_path / "there" / "tune-nfe1" / "report.html").is_file()
     code, _, err = run("sample", own, "--plan", "there/plan-1.safetensors", "-n", "2", "--json")
     assert code == 0, err
+    name = read_plan("there/plan-1.safetensors").name
+    code, _, err = run("tune", own, "--nfe", "1", "--seconds", "0.2", "--unconditional", "--out", "there")
+    assert f"1 evaluations: {name} is there and is to be beaten" in err
 
 
 def test_tuning_again_goes_on_from_the_plan_that_is_there(tuned, tmp_path):
@@ -121,7 +124,8 @@ def test_plans_are_kept_as_they_are_found(tuned, tmp_path):
     model = Model.load(own)
 
     def stop(text):
-        raise KeyboardInterrupt
+        if text.startswith("2 evaluations"):
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         tune_run(model, own, model.config, (1, 2), False, seconds=0.2, progress=stop)

@@ -56,13 +56,15 @@ def made_for(model: Model, run: str | Path, config: Config, labels: bool) -> dic
     }
 
 
-def kept_plan(model: Model, run: str | Path, config: Config, nfe: int, labels: bool) -> Kept | None:
-    """The plan in a run's folder for samples as `config` says, with labels or without; None where there is none, or
-    where `auto` chose it for other weights.
+def kept_plan(
+    model: Model, run: str | Path, config: Config, nfe: int, labels: bool, folder: Path | None = None
+) -> Kept | None:
+    """The plan in a folder (default: the run's own) for samples as `config` says, with labels or without; None where
+    there is none, or where `auto` chose it for other weights.
 
     Raises InputError for a damaged file, and for a plan that was tuned for other weights.
     """
-    path = run_folder(run) / plan_name(model, config, nfe, labels)
+    path = (folder or run_folder(run)) / plan_name(model, config, nfe, labels)
     if not path.is_file():
         return None
     try:

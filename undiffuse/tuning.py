@@ -93,27 +93,36 @@ def tune_run(
     writable(page.parent, "a tuning's report", REPORT)
     used, guidance = model.using(config), config.build("guidance") if labels else None
     about, plans = made_for(model, run, config, labels), {n: folder / plan_name(model, config, n, labels) for n in nfe}
-    before = {n: kept_plan(model, run, config, n, labels) for n in nfe}
+    before = {
+        n: kept_plan(model, run, config, n, labels, folder) or kept_plan(model, run, config, n, labels) for n in nfe
+    }
+
+    def tell(text: str) -> None:
+        if progress is not None:
+            progress(text)
 
     def first(n: int) -> Plan:
         kept = before[n]
-        fits = kept is not None and not kept.plan.draws and not kept.plan.tuned_on
-        return kept.plan if kept is not None and fits else used.auto(n, guidance=guidance).plan
+        if kept is None or kept.plan.draws or kept.plan.tuned_on:
+            tell(f"{n} evaluations: auto is choosing the plan to beat, which costs what about 800 samples do ...")
+            return used.auto(n, guidance=guidance).plan
+        tell(f"{n} evaluations: {kept.plan.name} is there and is to be beaten, in {seconds:g} s of gradient steps ...")
+        return kept.plan
 
     def found_one(n: int, result: Result) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         keep(result.plan, plans[n], about)
-        if progress is not None:
-            progress(str(result))
+        tell(str(result))
 
+    tell("drawing the exact ends of the noises to tune on, to choose by and to measure on ...")
     report = used.tune(nfe, guidance=guidance, first=first, seconds=seconds, progress=found_one)
     decided = dict[int, Decision]()
     for n in nfe if score else ():
+        tell(f"{n} evaluations: noise and guidance intervals, by distance to held-out data ...")
         decided[n] = decide(used, run_folder(run), report.results[n].plan, labels)
         plans[n] = folder / plan_name(model, decided[n].config, n, labels)
         keep(decided[n].plan, plans[n], made_for(model, run, decided[n].config, labels))
-        if progress is not None:
-            progress(str(decided[n]))
+        tell(str(decided[n]))
     stocks = {n: stock(config, n) for n in nfe}
     off = {n: report.fresh.errors(plan.run, Level(*plan.start)) for n, plan in stocks.items()}
     found = Tuned(report, off, plans, page, decided)
