@@ -318,7 +318,7 @@ def assemble(config: Config, spectrum: Spectrum, classes: int) -> Model:
         "net",
         channels=channels,
         dims=len(size),
-        vector=Label(classes).dim,
+        vector=classes,
         augment=config.build("augment").dim,
         learned_variance=learned,
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from undiffuse.guide.cfg import CFG
+from undiffuse.guide.composed import Composed
 from undiffuse.types import Denoise, Model
 
 
@@ -15,6 +16,6 @@ class Guidance(Protocol):
     def __call__(self, model: Model, cond: Any, /) -> Denoise: ...
 
 
-GUIDES: dict[str, Callable[..., Guidance]] = {"cfg": CFG}
+GUIDES: dict[str, Callable[..., Guidance]] = {"cfg": CFG, "composed": Composed}
 
-__all__ = ["CFG", "GUIDES", "Guidance"]
+__all__ = ["CFG", "GUIDES", "Composed", "Guidance"]
