@@ -1,5 +1,6 @@
 """Encoders of conditions: reading, nulls, dropout, batching, and networks that are trained with them."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -7,11 +8,13 @@ import pytest
 import torch
 
 from tests.test_nets import inputs, randomised, relative
-from undiffuse import CFG, Denoiser, EDMPrecond, Flow, InputError, Label, Level
-from undiffuse.cond import Conditioned, Encoders, prompt
+from undiffuse import CFG, Denoiser, EDMPrecond, Flow, InputError, Label, Level, Spectrum, sample
+from undiffuse.cond import Audio, Bytes, Conditioned, Encoders, Layout, prompt
+from undiffuse.config import Config
+from undiffuse.model import Model, assemble
 from undiffuse.nets import UNet
 from undiffuse.seeds import uniform
-from undiffuse.train import EMA, Objective, Plan, train
+from undiffuse.train import EMA, Checkpoints, Immiscible, Objective, Plan, train
 
 TWO = {"label": Label(3), "tags": Label(5)}
 
@@ -256,3 +259,146 @@ def test_prompts_have_weights_and_what_must_not_be():
 def test_mistakes_in_prompts_are_said(text, why):
     with pytest.raises(InputError, match=why):
         prompt(text)
+
+
+# several at once
+
+
+def scenes(n=24, side=8, seed=0):
+    """Pictures of a brightness that a word tells, with a square that a map tells, and a pitch that tells its colour."""
+    g = torch.Generator().manual_seed(seed)
+    back, front = torch.arange(n) % 2, torch.arange(n) // 2 % 2
+    x, mask = (back - 0.5)[:, None, None, None].repeat(1, 1, side, side), torch.zeros(n, side, side).long()
+    for k in range(n):
+        i, j = torch.randint(0, side - 3, (2,), generator=g).tolist()
+        mask[k, i : i + 4, j : j + 4] = 1
+    x = torch.where(mask[:, None] == 1, (2.0 * front - 1)[:, None, None, None], x)
+    t = torch.arange(1200) / 8000
+    sound = [torch.sin(2 * torch.pi * (1500 if k else 300) * t) for k in front.tolist()]
+    return x, {"text": ["light" if k else "dark" for k in back.tolist()], "mask": mask, "sound": sound}
+
+
+def several():
+    """Encoders of the conditions of `scenes`."""
+    sound = Audio(rate=8000, mels=16, width=24, depth=1)
+    return Encoders({"text": Bytes(width=16, depth=1), "mask": Layout(2), "sound": sound})
+
+
+def test_tokens_of_several_kinds_are_brought_to_one_width_and_told_apart():
+    encoders = randomised(several())
+    assert encoders.widths == {"vector": 40, "tokens": 24, "spatial": 2}
+    x, values = scenes(4)
+    given = encoders(**values)
+    told = encoders.encoded(given, x.shape[2:])
+    for name, part in (("text", slice(0, 5)), ("sound", slice(5, 7))):
+        alone = encoders.modules_by_name[name](given.reads[name].tensors, ())
+        layer, mask = encoders.kinds[name], alone.tokens_mask
+        assert torch.equal(told.tokens_mask[:, part], mask)
+        expected = (alone.tokens @ layer.weight.T + layer.bias)[mask]
+        assert torch.allclose(told.tokens[:, part][mask], expected, atol=1e-5)
+    assert torch.equal(told.spatial, encoders.modules_by_name["mask"](given.reads["mask"].tensors, x.shape[2:]).spatial)
+    words = encoders.encoded(given.only(["text"]), x.shape[2:])
+    assert not words.tokens_mask[:, 5:].any()
+    assert not words.tokens[:, 5:].any()
+    assert not words.spatial.any()
+
+
+def test_several_conditions_are_learned_and_guided_each_by_itself():
+    x, values = scenes()
+    model, given = assert_learned(several(), x, values, steps=90, cross=(0,))
+    start = sample(model, x.shape, Flow(), steps=4, cond=given)
+    for name in given.reads:
+        guided = sample(model, x.shape, Flow(), steps=4, cond=given, guidance={name: 3.0})
+        assert relative(guided, start) > 1e-2
+    off = sample(model, x.shape, Flow(), steps=4, cond=given, guidance=dict.fromkeys(given.reads, 1.0))
+    assert torch.equal(off, start)
+
+
+def test_training_with_encoders_goes_on_bit_for_bit(tmp_path):
+    x, values = scenes()
+
+    def run(steps, folder):
+        torch.manual_seed(0)
+        encoders = several()
+        model = Denoiser(Conditioned(UNet(1, width=16, cross=(0,), **encoders.widths), encoders), EDMPrecond())
+        plan, kept = Plan(steps=6, batch=8, every=3, warmup=1), Checkpoints(tmp_path / folder)
+        for state in train(model, x, Objective(Flow()), plan, cond=encoders(**values), checkpoints=kept):
+            if state.step == steps:
+                break
+        return model.state_dict()
+
+    whole = run(6, "a")
+    run(4, "b")
+    again = run(6, "b")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_noise_is_coupled_within_equal_conditions():
+    encoders, n = Encoders({"text": Bytes(width=16, depth=1)}), 12
+    given = encoders(text=["a" if k % 3 else "b" for k in range(n)])
+    x, eps = inputs(n, 1, 4, 4)[0], inputs(n, 1, 4, 4, seed=5)[0]
+    moved = Immiscible()(x, eps, given)
+    for rows in (torch.arange(n) % 3 == 0, torch.arange(n) % 3 != 0):
+        assert torch.equal(moved[rows].flatten().sort().values, eps[rows].flatten().sort().values)
+
+
+# models
+
+
+def test_a_saved_model_has_its_encoders_and_takes_conditions_by_name(tmp_path):
+    x, values = scenes()
+    encoders = Encoders({"label": Label(2), **several().encoders})
+    config = Config.resolve({"net": {"width": 16, "cross": [0], "patch": 1}, "sample": {"steps": 3, "rows": 0}})
+    model = replace(assemble(config, Spectrum.measure(x), 2, encoders), names=("dim", "bright"))
+    randomised(model.denoiser)
+    model.save(tmp_path / "model")
+    again = Model.load(tmp_path)
+    assert again.encoders.settings() == encoders.settings()
+    asked = {
+        "text": "a (dark:1.3) one --no light",
+        "label": "bright",
+        "mask": values["mask"][0],
+        "sound": values["sound"][:3],
+    }
+    a, b = (m.sample(3, given=asked, guidance={"mask": 1.5, "text": 3.0}) for m in (model, again))
+    assert torch.equal(a, b)
+    assert a.shape == (3, 1, 8, 8)
+    for name, other in (("text", "a dark one"), ("label", 0), ("sound", None), ("mask", values["mask"][1])):
+        assert (
+            relative(
+                model.sample(3, given={**asked, name: other}, guidance=2.0), model.sample(3, given=asked, guidance=2.0)
+            )
+            > 1e-4
+        )
+    assert torch.equal(model.sample(3, "bright"), model.sample(3, given={"label": 1}))
+    for wrong, why in (
+        ({"smell": 1}, "no condition is called 'smell'"),
+        ({"sound": values["sound"]}, "24 values of sound for 3"),
+    ):
+        with pytest.raises(InputError, match=why):
+            model.sample(3, given=wrong)
+    with pytest.raises(InputError, match="among the other conditions"):
+        model.sample(3, 1, given={"text": "a"})
+    plain = assemble(config, Spectrum.measure(x), 2)
+    with pytest.raises(InputError, match="no conditions by name"):
+        plain.sample(3, given={"text": "a"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_encoders_compute_in_the_dtype_of_the_network(dtype):
+    encoders, (x, values) = several(), scenes(4)
+    net = randomised(Conditioned(UNet(1, width=16, cross=(0,), **encoders.widths), encoders))
+    given, t = encoders(**values), torch.linspace(-1, 1, 4)
+    out = copy.deepcopy(net).to(dtype)(x.to(dtype), t, given)
+    assert out.dtype == dtype
+    assert relative(out.float(), net(x, t, given)) < 0.2
+
+
+def test_a_network_with_encoders_compiles_without_a_graph_break():
+    encoders, (x, values) = several(), scenes(4)
+    net = randomised(Conditioned(UNet(1, width=16, cross=(0,), **encoders.widths), encoders))
+    given, t = encoders(**values), torch.linspace(-1, 1, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    for part in (given, given.only(["text"]), None):
+        assert torch.allclose(compiled(x, t, part), net(x, t, part), atol=1e-5)

@@ -114,13 +114,13 @@ class Encoders(nn.Module):
 
     def _whole(self, what: str, parts: Mapping[str, Cond], b: int) -> Tensor | None:
         """The vectors or maps of all encoders side by side, zero of those that were not given."""
-        found = {name: v for name, part in parts.items() if (v := getattr(part, what)) is not None}
+        every = {name: getattr(part, what) for name, part in parts.items()}
+        found = {name: v for name, v in every.items() if v is not None}
         if not found:
             return None
         like = next(iter(found.values()))
         widths = {name: getattr(e, what) for name, e in self.encoders.items()}
-        every = [found.get(k, like.new_zeros(b, w, *like.shape[2:])) for k, w in widths.items() if w]
-        return torch.cat(every, 1)
+        return torch.cat([found.get(k, like.new_zeros(b, w, *like.shape[2:])) for k, w in widths.items() if w], 1)
 
     def settings(self) -> dict[str, Any]:
         """Plain data from which `Encoders.of` builds encoders of the same kind, without their weights."""

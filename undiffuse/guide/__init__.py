@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from undiffuse.guide.cfg import CFG
@@ -18,4 +18,14 @@ class Guidance(Protocol):
 
 GUIDES: dict[str, Callable[..., Guidance]] = {"cfg": CFG, "composed": Composed}
 
-__all__ = ["CFG", "GUIDES", "Composed", "Guidance"]
+
+def guide_of(guidance: Guidance | float | Mapping[str, float]) -> Guidance:
+    """A weight as `CFG`, weights by the names of conditions as `Composed` in their order, a guidance as it is."""
+    if isinstance(guidance, int | float):
+        return CFG(float(guidance))
+    if isinstance(guidance, Mapping):
+        return Composed(tuple(guidance), tuple(float(w) for w in guidance.values()))
+    return guidance
+
+
+__all__ = ["CFG", "GUIDES", "Composed", "Guidance", "guide_of"]
