@@ -128,6 +128,12 @@ def test_weights_of_one_are_off_and_cost_a_row_and_equal_ones_are_cfg():
     assert torch.allclose(dropped, CFG(2.0)(exact, GIVEN.only(["row"]))(POINTS, level), atol=1e-12)
 
 
+def test_without_names_there_is_no_guidance():
+    for form in ("nested", "sum"):
+        assert Composed(form=form).terms() == {(): 1.0}
+        assert torch.equal(Composed(form=form)(exact, GIVEN)(POINTS, LEVELS[1]), exact(POINTS, LEVELS[1], GIVEN))
+
+
 def test_conditions_without_a_weight_are_always_there():
     level = LEVELS[1]
     guided = Composed(("column",), (3.0,))(exact, GIVEN)(POINTS, level)
@@ -172,7 +178,6 @@ def test_an_interval_and_levels_of_their_own_and_a_learned_variance():
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: Composed((), ()), "needs names"),
         (lambda: Composed(("row",), (1.0, 2.0)), "as many weights"),
         (lambda: Composed(("row", "row"), (1.0, 2.0)), "each once"),
         (lambda: Composed(("row",), (math.inf,)), "finite"),

@@ -9,14 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from undiffuse.guide.cfg import check_interval, inside
+from undiffuse.guide.cfg import CFG, check_interval, inside
 from undiffuse.level import Level
 from undiffuse.types import Denoise, InputError, Model
 
 
 @dataclass(frozen=True)
 class Composed:
-    """Guidance by the conditions called `names` with the weights `w`, of which 1 is off; others are always there.
+    """Guidance by the conditions called `names` with the weights `w`, of which 1 is off; others are always there, and
+    without names there is no guidance.
 
     nested (Brooks et al. 2023, InstructPix2Pix, arXiv 2211.09800, equation 3): D_0 + sum_i w_i (D_i - D_(i-1)), where
     D_i has the first i conditions, so the weight sharpens p(c_i | x, c_1 ... c_(i-1)). Weights of 1 are no guidance at
@@ -32,14 +33,14 @@ class Composed:
     {('depth',): -2.0, ('depth', 'text'): 3.0}
     """
 
-    names: tuple[str, ...]
-    w: tuple[float, ...]
+    names: tuple[str, ...] = ()
+    w: tuple[float, ...] = ()
     form: Literal["nested", "sum"] = "nested"
     lam_min: float = -math.inf
     lam_max: float = math.inf
 
     def __post_init__(self) -> None:
-        if not self.names or len(self.names) != len(self.w) or len(set(self.names)) != len(self.names):
+        if len(self.names) != len(self.w) or len(set(self.names)) != len(self.names):
             raise InputError(f"guidance needs names, each once, and as many weights: got {self.names} and {self.w}")
         if not all(map(math.isfinite, self.w)):
             raise InputError(f"guidance weights must be finite numbers (1 is off), got {self.w}")
@@ -50,15 +51,16 @@ class Composed:
     def terms(self) -> dict[tuple[str, ...], float]:
         """The conditions that denoisers are asked with, and the factors of their answers, none of them 0; sum 1."""
         if self.form == "nested":
-            after = (*self.w[1:], 0.0)
-            every: dict[tuple[str, ...], float] = {(): 1 - self.w[0]}
-            every |= {self.names[: i + 1]: w - after[i] for i, w in enumerate(self.w)}
+            w = (1.0, *self.w, 0.0)
+            every = {self.names[:i]: w[i] - w[i + 1] for i in range(len(self.names) + 1)}
         else:
             every = {(): 1 - sum(self.w), **{(name,): w for name, w in zip(self.names, self.w, strict=True)}}
         return {names: factor for names, factor in every.items() if factor}
 
     def __call__(self, model: Model, cond: Any, /) -> Denoise:
         """The denoiser with `cond`, a `Given`, bound and guided; InputError for one that lacks a name."""
+        if not self.names:
+            return CFG()(model, cond)
         if not hasattr(cond, "only"):
             raise InputError(
                 f"guidance by {', '.join(self.names)} needs conditions by name, as Encoders give them: "
