@@ -184,3 +184,52 @@ def test_a_network_learns_from_a_frozen_encoder(minilm):
     before = copy.deepcopy(module._loaded(minilm)[1].state_dict())
     assert_learned(Encoders({"text": Text(minilm)}), x, {"text": [words[k % 2] for k in range(16)]}, cross=(0,))
     assert all(torch.equal(v, before[k]) for k, v in module._loaded(minilm)[1].state_dict().items())
+
+
+def bert(transformers):
+    """A small BERT."""
+    small = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.BertModel(transformers.BertConfig(**small, intermediate_size=64))
+    return model, lambda ids: model(**ids).last_hidden_state
+
+
+def t5(transformers):
+    """A small T5, of which the encoder is asked."""
+    config = transformers.T5Config(vocab_size=40, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+    model = transformers.T5ForConditionalGeneration(config)
+    return model, lambda ids: model.encoder(**ids).last_hidden_state
+
+
+def clip(transformers):
+    """A small CLIP, of whose text tower is asked."""
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**small, "vocab_size": 40, "max_position_embeddings": 20}
+    vision = {**small, "image_size": 16, "patch_size": 8}
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
+    return model, lambda ids: model.text_model(**ids).last_hidden_state
+
+
+@pytest.mark.parametrize("kind", [bert, t5, clip])
+def test_any_text_encoder_in_a_folder_gives_its_hidden_states(kind, tmp_path):
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    words = {word: k for k, word in enumerate(["[UNK]", "[PAD]", "a", "red", "car", "cat"])}
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    names = {"unk_token": "[UNK]", "pad_token": "[PAD]"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, **names)
+    torch.manual_seed(0)
+    model, ask = kind(transformers)
+    model.eval().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    encoders = Encoders({"text": Text(str(tmp_path), length=4)})
+    assert encoders.widths == {"vector": 32, "tokens": 32, "spatial": 0}
+    told = encoders.encoded(encoders(text=[prompt("a (red:2) car"), "cat", "a cat a car a red a"]), ())
+    assert told.tokens_mask.sum(1).tolist() == [3, 1, 4]
+    for row, ids in enumerate(([2, 3, 4], [5], [2, 5, 2, 4])):
+        asked = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
+        with torch.no_grad():
+            expected = ask(asked)[0]
+        if row == 0:
+            expected[1] *= 2
+        assert torch.allclose(told.tokens[row, : len(ids)], expected, atol=1e-5)
+    assert module._loaded(str(tmp_path))[1].training is False
