@@ -303,6 +303,26 @@ def test_tokens_of_several_kinds_are_brought_to_one_width_and_told_apart():
     assert not words.spatial.any()
 
 
+def test_conditions_encoded_ahead_are_the_same_in_every_use():
+    encoders, (x, values) = randomised(several()), scenes(4)
+    given = encoders(**values).against(encoders(text=["not this"]))
+    ahead = encoders.ahead(given, x.shape[2:])
+
+    def parts(given):
+        told = encoders.encoded(given, x.shape[2:])
+        return told.vector, told.tokens[told.tokens_mask], told.tokens_mask.sum(1), told.spatial
+
+    def both(given):
+        return type(given).cat([given, given.null()])
+
+    for use in (lambda g: g, lambda g: g.null(), lambda g: g.only(["mask"]), lambda g: g[1:3], both):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(parts(use(ahead)), parts(use(given)), strict=True))
+    with torch.no_grad():
+        for p in encoders.parameters():
+            p.zero_()
+    assert not torch.allclose(parts(ahead)[0], parts(given)[0], atol=1e-2)
+
+
 def test_several_conditions_are_learned_and_guided_each_by_itself():
     x, values = scenes()
     model, given = assert_learned(several(), x, values, steps=90, cross=(0,))

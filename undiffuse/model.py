@@ -226,6 +226,9 @@ class Model:
             raise InputError('give the label among the other conditions: given={"label": ...}')
         given = {name: value for name, value in (given or {}).items() if value is not None}
         cond = self.given(n, given) if given else self.cond(label, n)
+        if isinstance(cond, Given) and self.encoders is not None:
+            with torch.no_grad():
+                cond = self.encoders.ahead(cond.to(self.device), self.shape[1:])
         if guidance is None:
             guidance = 1.0 if cond is None else self.config.build("guidance")
         if plan is None:

@@ -94,15 +94,7 @@ class Encoders(nn.Module):
 
     def encoded(self, given: Given, size: Sequence[int]) -> Cond:
         """The condition of samples whose sides are `size`; where a condition is null so are its parts."""
-        parts: dict[str, Cond] = {}
-        for name, read in given.reads.items():
-            if name not in self.encoders:
-                raise InputError(f"no condition is called {name!r}: this model has {', '.join(self.encoders)}")
-            part = self.modules_by_name[name](read.tensors, size)
-            if name in self.kinds:
-                tokens = part.tokens.to(self.kinds[name].weight.dtype)
-                part = replace(part, tokens=self.kinds[name](tokens))
-            parts[name] = part.drop(~read.there)
+        parts = {name: self._part(name, read, size).drop(~read.there) for name, read in given.reads.items()}
         told = [p for p in parts.values() if p.tokens is not None]
         return Cond(
             self._whole("vector", parts, len(given)),
@@ -111,6 +103,29 @@ class Encoders(nn.Module):
             self._whole("spatial", parts, len(given)),
             given.augment,
         )
+
+    def ahead(self, given: Given, size: Sequence[int]) -> Given:
+        """The same conditions for samples whose sides are `size`, encoded once, as for many steps of sampling: they
+        stay as they are when weights change."""
+
+        def done(name: str, read: Read) -> Read:
+            parts = vars(self._part(name, read, size))
+            return Read({part: v for part, v in parts.items() if v is not None}, read.there, done=True)
+
+        reads, instead = ({k: done(k, v) for k, v in each.items()} for each in (given.reads, given.instead))
+        return replace(given, reads=reads, instead=instead)
+
+    def _part(self, name: str, read: Read, size: Sequence[int]) -> Cond:
+        """What one encoder makes of its condition."""
+        if read.done:
+            return Cond(**read.tensors)
+        if name not in self.encoders:
+            raise InputError(f"no condition is called {name!r}: this model has {', '.join(self.encoders)}")
+        part: Cond = self.modules_by_name[name](read.tensors, size)
+        if name in self.kinds and part.tokens is not None:
+            layer: Any = self.kinds[name]
+            part = replace(part, tokens=layer(part.tokens.to(layer.weight.dtype)))
+        return part
 
     def _whole(self, what: str, parts: Mapping[str, Cond], b: int) -> Tensor | None:
         """The vectors or maps of all encoders side by side, zero of those that were not given."""

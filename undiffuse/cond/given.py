@@ -15,20 +15,24 @@ from undiffuse.types import InputError
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """One condition of b samples: tensors (b, ...) by name, and `there` (b,), False where the condition is null."""
+    """One condition of b samples: tensors (b, ...) by name, and `there` (b,), False where the condition is null.
+
+    Where it is `done` the tensors are parts of a `Cond` that its encoder made of them already.
+    """
 
     tensors: Mapping[str, Tensor]
     there: Tensor
+    done: bool = False
 
     def map(self, change) -> Read:  # type: ignore[no-untyped-def]
         """The same with every tensor changed."""
-        return Read({name: change(v) for name, v in self.tensors.items()}, change(self.there))
+        return Read({name: change(v) for name, v in self.tensors.items()}, change(self.there), self.done)
 
     @staticmethod
     def cat(parts: list[Read]) -> Read:
         """Batches one after the other; sequences are filled up with zeros, which their masks leave out."""
         tensors = {name: _filled([p.tensors[name] for p in parts]) for name in parts[0].tensors}
-        return Read(tensors, torch.cat([p.there for p in parts]))
+        return Read(tensors, torch.cat([p.there for p in parts]), parts[0].done)
 
 
 def _filled(parts: list[Tensor]) -> Tensor:
@@ -62,7 +66,7 @@ class Given:
         """The conditions of the rows where `which` is True are null."""
         reads = dict(self.reads)
         for name, rows in which.items():
-            reads[name] = Read(reads[name].tensors, reads[name].there & ~rows.to(reads[name].there.device))
+            reads[name] = replace(reads[name], there=reads[name].there & ~rows.to(reads[name].there.device))
         return replace(self, reads=reads)
 
     def null(self) -> Given:
