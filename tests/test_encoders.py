@@ -74,6 +74,7 @@ def test_wrong_conditions_are_refused(values, why):
     [
         ({}, 0.1, "names"),
         ({"a b": Label(2)}, 0.1, "names"),
+        ({"keys": Label(2)}, 0.1, "cannot be called 'keys'"),
         (TWO, {"x": 0.1}, "alone names 'x'"),
         (TWO, 1.5, "from 0 to 1"),
     ],
@@ -192,6 +193,12 @@ def test_encoders_are_rebuilt_from_their_settings():
     assert torch.equal(again.encoded(given, ()).vector, encoders.encoded(given, ()).vector)
     with pytest.raises(InputError, match="no encoder of the kind 'smell'"):
         Encoders.of({"encoders": {"a": {"kind": "smell"}}, "alone": {}})
+
+    class Own(Label):
+        pass
+
+    with pytest.raises(InputError, match="label is encoded by Own: put it into ENCODERS"):
+        Encoders({"label": Own(2)}).settings()
 
 
 # training

@@ -54,6 +54,10 @@ class Encoders(nn.Module):
         super().__init__()
         if not encoders or any(not name.isidentifier() for name in encoders):
             raise InputError(f"encoders need names such as text or depth, got {list(encoders)}")
+        if taken := [name for name in encoders if hasattr(nn.ModuleDict, name)]:
+            raise InputError(
+                f"an encoder cannot be called {taken[0]!r}, which PyTorch's modules use: take another name"
+            )
         self.encoders: dict[str, Encoder] = dict(encoders)
         each = dict.fromkeys(encoders, alone) if isinstance(alone, int | float) else dict(alone)
         if strange := [name for name in each if name not in encoders]:
@@ -140,6 +144,11 @@ class Encoders(nn.Module):
     def settings(self) -> dict[str, Any]:
         """Plain data from which `Encoders.of` builds encoders of the same kind, without their weights."""
         kinds = {kind: name for name, kind in _table().items()}
+        for name, encoder in self.encoders.items():
+            if type(encoder) not in kinds:
+                raise InputError(
+                    f"{name} is encoded by {type(encoder).__name__}: put it into ENCODERS to save the model"
+                )
         each = {k: {"kind": kinds[type(e)], **dataclasses.asdict(e)} for k, e in self.encoders.items()}  # type: ignore[call-overload]
         return {"encoders": each, "alone": self.alone}
 
