@@ -1,6 +1,6 @@
 """undiffuse: the reverse process of diffusion models, exact and readable."""
 
-from undiffuse.cond import Cond, Label
+from undiffuse.cond import Cond, Conditioned, Encoders, Given, Label, prompt
 from undiffuse.denoise import AnalyticStart, Counter, Dataset, Denoiser, FixedRows, Gaussian, Mixture
 from undiffuse.grid import (
     AYS,
@@ -16,7 +16,7 @@ from undiffuse.grid import (
     UniformLam,
     UniformT,
 )
-from undiffuse.guide import CFG, GUIDES
+from undiffuse.guide import CFG, GUIDES, Composed
 from undiffuse.level import Level, from_x0, reverse_transition, to_x0, transition
 from undiffuse.modal import Modal, SpectralGrid, read_plan, spectral
 from undiffuse.precond import HEADS, X0, EDMPrecond, Eps, FlowVelocity, Index, LogNSR, Score, V

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from undiffuse.cond import Cond, Label
+from undiffuse.cond import Cond, Conditioned, Encoders, Given, Label, prompt
 from undiffuse.config import Config
 from undiffuse.data import Statistics
 from undiffuse.denoise import Denoiser
@@ -126,6 +126,30 @@ class Model:
         """The number of the network's parameters."""
         return sum(p.numel() for p in self.denoiser.parameters())
 
+    @property
+    def encoders(self) -> Encoders | None:
+        """The encoders of the network's conditions, for one that has them by name."""
+        net = getattr(self.denoiser, "net", None)
+        return net.encoders if isinstance(net, Conditioned) else None
+
+    def given(self, n: int, values: Mapping[str, Any]) -> Given:
+        """The conditions of n samples by name: a list has one value a sample, all else is one value for all of them.
+
+        Texts are prompts with weights and `--no` (see `undiffuse.prompt`), labels may be classes' names. InputError for
+        a model without such conditions, and for lists of other lengths.
+        """
+        if self.encoders is None:
+            raise InputError(f"this model has no conditions by name, and {', '.join(values)} was given")
+        every = {}
+        for name, value in values.items():
+            each = list(value) if isinstance(value, list | tuple) else [value] * n
+            if len(each) != n:
+                raise InputError(f"{len(each)} values of {name} for {n} samples: give a list of {n}, or one value")
+            read = self.number if isinstance(self.encoders.encoders.get(name), Label) else prompt
+            every[name] = [read(v) if isinstance(v, str) else v for v in each]
+        given: Given = self.encoders(**every)
+        return given
+
     def number(self, name: str) -> int:
         """The label of a class by its name, in small letters or capitals, or number; InputError names the classes."""
         self._needs_classes()
@@ -175,7 +199,7 @@ class Model:
         low, high = self.scale.low, self.scale.high
         return (x - low) * (2 / (high - low)) - 1
 
-    def cond(self, label: int | str | Sequence[int] | Tensor | None, n: int) -> Cond | None:
+    def cond(self, label: int | str | Sequence[int] | Tensor | None, n: int) -> Cond | Given | None:
         """The condition of n samples: one label (or class name) for all, or n labels; InputError if there is none."""
         if label is None:
             return None
@@ -184,7 +208,7 @@ class Model:
         labels = labels.expand(n) if labels.ndim == 0 else labels
         if labels.shape != (n,):
             raise InputError(f"{len(labels)} labels for {n} samples: give one label, or one a sample")
-        return Label(self.classes)(labels)
+        return Label(self.classes)(labels) if self.encoders is None else self.encoders(label=labels)
 
     def sample(
         self,
@@ -195,7 +219,8 @@ class Model:
         solver: Solver | None = None,
         grid: Grid | None = None,
         plan: Plan | None = None,
-        guidance: Guidance | float | None = None,
+        guidance: Guidance | float | Mapping[str, float] | None = None,
+        given: Mapping[str, Any] | None = None,
         schedule: Schedule | None = None,
         seed: int | None = None,
         first: int = 0,
@@ -205,12 +230,19 @@ class Model:
     ) -> Tensor:
         """n samples (n, *shape) in the data's range; what is not given comes from the configuration.
 
-        `label` conditions (None: unconditional, guidance off); `plan` takes the place of schedule, steps, solver and
-        grid; see `undiffuse.sample` for the rest.
+        `label` conditions (None: unconditional, guidance off), or conditions by name as `given` reads them: `given=
+        {"text": "a (red:1.3) car --no wheels", "depth": depth}, guidance={"depth": 1.5, "text": 4}`. `plan` takes the
+        place of schedule, steps, solver and grid; see `undiffuse.sample` for the rest.
         """
         use = self.config.section("sample")
         n = use.n if n is None else n
-        cond = self.cond(label, n)
+        if label is not None and given:
+            raise InputError('give the label among the other conditions: given={"label": ...}')
+        given = {name: value for name, value in (given or {}).items() if value is not None}
+        cond = self.given(n, given) if given else self.cond(label, n)
+        if isinstance(cond, Given) and self.encoders is not None:
+            with torch.no_grad():
+                cond = self.encoders.ahead(cond.to(self.device), self.shape[1:])
         if guidance is None:
             guidance = 1.0 if cond is None else self.config.build("guidance")
         if plan is None:
@@ -318,7 +350,8 @@ class Model:
             (aside / "config.toml").write_text(self.config.toml())
             about = {"classes": self.classes, "shape": self.shape, "names": self.names}
             scale = {} if self.scale is None else {"scale": json.loads(self.scale.to_json())}
-            (aside / "model.json").write_text(json.dumps({**about, **scale}))
+            told = {} if self.encoders is None else {"conditions": self.encoders.settings()}
+            (aside / "model.json").write_text(json.dumps({**about, **scale, **told}))
             kind = "-".join(str(value) for value in self.config.values["ema"].values())
             save_file(weights(self.denoiser), aside / f"ema-{kind}.safetensors")
             self.spectrum.save(aside / "spectrum.safetensors")
@@ -345,7 +378,8 @@ class Model:
             about = json.loads((folder / "model.json").read_text())
             spectrum = Spectrum.load(folder / "spectrum.safetensors")
             scale = Statistics.from_json(json.dumps(about["scale"])) if "scale" in about else None
-            model = assemble(config, spectrum, int(about["classes"]))
+            encoders = Encoders.of(about["conditions"]) if "conditions" in about else None
+            model = assemble(config, spectrum, int(about["classes"]), encoders)
             model = replace(model, names=tuple(str(name) for name in about.get("names", ())), scale=scale)
             (average,) = folder.glob("ema-*.safetensors")
             load_weights(model.denoiser, average)
@@ -368,16 +402,21 @@ class Model:
         return model
 
 
-def assemble(config: Config, spectrum: Spectrum, classes: int) -> Model:
-    """An untrained model for data of this spectrum (its shape and sigma_data) and number of classes."""
+def assemble(config: Config, spectrum: Spectrum, classes: int, encoders: Encoders | None = None) -> Model:
+    """An untrained model for data of this spectrum (its shape and sigma_data) and number of classes.
+
+    With `encoders` its conditions are theirs; `classes` are then those of the one called label.
+    """
     channels, *size = spectrum.shape
     learned = config.build("variance").learned
     net = config.build(
         "net",
         channels=channels,
         dims=len(size),
-        vector=Label(classes).dim,
+        **({"vector": classes} if encoders is None else encoders.widths),
         augment=config.build("augment").dim,
         learned_variance=learned,
     )
+    if encoders is not None:
+        net = Conditioned(net, encoders)
     return Model(Denoiser(net, config.build("head"), learned), config.build("schedule"), classes, spectrum, config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from undiffuse.denoise import FixedRows
 from undiffuse.grid import Grid, UniformLam, check_levels
-from undiffuse.guide import CFG, Guidance
+from undiffuse.guide import Guidance, guide_of
 from undiffuse.level import Level, transition
 from undiffuse.schedule import Schedule
 from undiffuse.seeds import mix
@@ -135,7 +135,7 @@ def sample(
     grid: Grid | None = None,
     plan: Plan | None = None,
     cond: Any = None,
-    guidance: Guidance | float = 1.0,
+    guidance: Guidance | float | Mapping[str, float] = 1.0,
     seed: int = 0,
     first: int = 0,
     batch: int | None = None,
@@ -148,10 +148,10 @@ def sample(
 
     `schedule` gives the levels and may differ from the one that the model was trained on. A `plan` (a `Tableau` or
     `Modal`, such as `auto` finds) takes the place of schedule, steps, solver and grid; no `State` is seen then. `cond`
-    is a `Cond` of n rows and `guidance` a weight w (1 is off) or a guidance such as `CFG(w, lam_min, lam_max)`. Sample
-    k depends on (seed, first + k) alone; `batch` bounds the samples in memory; with `rows` every network call has
-    exactly so many rows, which makes samples bit-equal for every batch (see `FixedRows`). `progress` sees every
-    `State`. Raises InputError for bad input.
+    is a `Cond` or `Given` of n rows and `guidance` a weight w (1 is off), weights by the names of conditions (see
+    `Composed`), or a guidance such as `CFG(w, lam_min, lam_max)`. Sample k depends on (seed, first + k) alone; `batch`
+    bounds the samples in memory; with `rows` every network call has exactly so many rows, which makes samples bit-equal
+    for every batch (see `FixedRows`). `progress` sees every `State`. Raises InputError for bad input.
 
     >>> from undiffuse import Gaussian, Spectrum, VP
     >>> model = Gaussian(Spectrum(torch.zeros(2), torch.ones(2)))
@@ -164,7 +164,7 @@ def sample(
     if plan is not None and (solver is not None or grid is not None):
         raise InputError("a plan is a solver on its own levels: leave solver and grid out, or the plan")
     solver, grid = solver or DPMpp2M(), grid or UniformLam()
-    guide = CFG(float(guidance)) if isinstance(guidance, int | float) else guidance
+    guide = guide_of(guidance)
     if isinstance(grid, type) or not callable(grid) or isinstance(schedule, type) or not hasattr(schedule, "level"):
         raise InputError(
             f"schedule and grid must be instances such as VP() and UniformLam(), got {schedule!r}, {grid!r}"

@@ -1,6 +1,43 @@
-"""Conditions by mechanism: a vector, tokens, or a spatial map; and the encoders that make them."""
+"""Conditions by mechanism: a vector, tokens, or a spatial map; and the encoders that make them, one per modality."""
 
+from collections.abc import Callable
+
+from undiffuse.cond.audio import Audio, log_mel
 from undiffuse.cond.cond import Cond
+from undiffuse.cond.encoders import Conditioned, Encoder, Encoders
+from undiffuse.cond.given import Given
 from undiffuse.cond.label import Label
+from undiffuse.cond.maps import Depth, Layout, Picture, Variation
+from undiffuse.cond.prompt import Prompt, prompt
+from undiffuse.cond.text import Bytes, Text
 
-__all__ = ["Cond", "Label"]
+ENCODERS: dict[str, Callable[..., Encoder]] = {
+    "label": Label,
+    "bytes": Bytes,
+    "text": Text,
+    "picture": Picture,
+    "variation": Variation,
+    "depth": Depth,
+    "layout": Layout,
+    "audio": Audio,
+}
+
+__all__ = [
+    "ENCODERS",
+    "Audio",
+    "Bytes",
+    "Cond",
+    "Conditioned",
+    "Depth",
+    "Encoder",
+    "Encoders",
+    "Given",
+    "Label",
+    "Layout",
+    "Picture",
+    "Prompt",
+    "Text",
+    "Variation",
+    "log_mel",
+    "prompt",
+]

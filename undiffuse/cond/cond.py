@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from undiffuse.seeds import uniform
+
 
 @dataclass(frozen=True, eq=False)
 class Cond:
@@ -47,6 +49,15 @@ class Cond:
             return v.masked_fill(which.reshape(-1, *[1] * (v.ndim - 1)), 0)
 
         return replace(self._map(zero), augment=self.augment)
+
+    def dropped(self, seed: int, index: Tensor, p: float) -> Cond:
+        """The rows as training sees them: each dropped with probability p, a function of (seed, global index (b,))."""
+        return self.drop(uniform(seed, index) < p)
+
+    def flat(self) -> Tensor:
+        """(b, any number) in float64: equal rows have equal conditions."""
+        parts = [v.flatten(1).double() for f in fields(self) if (v := getattr(self, f.name)) is not None]
+        return torch.cat(parts, 1)
 
     def to(self, device: torch.device | str) -> Cond:
         """The same batch on another device."""

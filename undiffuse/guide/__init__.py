@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from undiffuse.guide.cfg import CFG
+from undiffuse.guide.composed import Composed
 from undiffuse.types import Denoise, Model
 
 
@@ -15,6 +16,16 @@ class Guidance(Protocol):
     def __call__(self, model: Model, cond: Any, /) -> Denoise: ...
 
 
-GUIDES: dict[str, Callable[..., Guidance]] = {"cfg": CFG}
+GUIDES: dict[str, Callable[..., Guidance]] = {"cfg": CFG, "composed": Composed}
 
-__all__ = ["CFG", "GUIDES", "Guidance"]
+
+def guide_of(guidance: Guidance | float | Mapping[str, float]) -> Guidance:
+    """A weight as `CFG`, weights by the names of conditions as `Composed` in their order, a guidance as it is."""
+    if isinstance(guidance, int | float):
+        return CFG(float(guidance))
+    if isinstance(guidance, Mapping):
+        return Composed(tuple(guidance), tuple(float(w) for w in guidance.values()))
+    return guidance
+
+
+__all__ = ["CFG", "GUIDES", "Composed", "Guidance", "guide_of"]

@@ -13,6 +13,25 @@ from undiffuse.level import Level
 from undiffuse.types import Denoise, InputError, Model
 
 
+def check_interval(lam_min: float, lam_max: float) -> None:
+    """InputError for an interval of levels without any."""
+    if not lam_min < lam_max:
+        raise InputError(f"the guidance interval needs lam_min < lam_max, got {lam_min} and {lam_max}")
+
+
+def inside(level: Level, lam_min: float, lam_max: float) -> bool:
+    """Whether lam_min <= lam <= lam_max; InputError for levels of a batch of which only some are."""
+    if math.isinf(lam_min) and math.isinf(lam_max):
+        return True
+    there = (level.lam >= lam_min) & (level.lam <= lam_max)
+    if bool(there.any()) != bool(there.all()):
+        raise InputError(
+            "a guidance interval (lam_min, lam_max) needs one level for the batch; Adaptive, Tableau.parallel "
+            "and levels per sample give every row its own: use them without an interval"
+        )
+    return bool(there.all())
+
+
 @dataclass(frozen=True)
 class CFG:
     """x0 = x0_uncond + w (x0_cond - x0_uncond), both from one batched call; w = 1 is off and costs a single row.
@@ -31,20 +50,11 @@ class CFG:
     def __post_init__(self) -> None:
         if not math.isfinite(self.w):
             raise InputError(f"the guidance weight w must be a finite number (1 is off), got {self.w}")
-        if not self.lam_min < self.lam_max:
-            raise InputError(f"the guidance interval needs lam_min < lam_max, got {self.lam_min} and {self.lam_max}")
+        check_interval(self.lam_min, self.lam_max)
 
     def weight_at(self, level: Level) -> float:
         """The weight at a level: w inside the interval, 1 outside."""
-        if math.isinf(self.lam_min) and math.isinf(self.lam_max):
-            return self.w
-        inside = (level.lam >= self.lam_min) & (level.lam <= self.lam_max)
-        if bool(inside.any()) != bool(inside.all()):
-            raise InputError(
-                "a guidance interval (lam_min, lam_max) needs one level for the batch; Adaptive, Tableau.parallel "
-                "and levels per sample give every row its own: use them without an interval"
-            )
-        return self.w if bool(inside.all()) else 1.0
+        return self.w if inside(level, self.lam_min, self.lam_max) else 1.0
 
     def __call__(self, model: Model, cond: Any, /) -> Denoise:
         """The denoiser with `cond` (a `Cond` with null(), or None where w = 1) bound and guided."""

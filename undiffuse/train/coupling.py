@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -57,8 +57,7 @@ class Immiscible:
 
 def _groups(cond: Any) -> list[Tensor]:
     """The numbers of the rows of each distinct condition."""
-    parts = [v.flatten(1).double() for f in fields(cond) if (v := getattr(cond, f.name)) is not None]
-    _, member = torch.unique(torch.cat(parts, 1).cpu(), dim=0, return_inverse=True)
+    _, member = torch.unique(cond.flat().cpu(), dim=0, return_inverse=True)
     return [(member == group).nonzero().flatten() for group in range(int(member.max()) + 1)]
 
 

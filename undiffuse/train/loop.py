@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from undiffuse.data import InMemory
 from undiffuse.denoise import Denoiser
 from undiffuse.sample import Noise
-from undiffuse.seeds import seed_of, uniform
+from undiffuse.seeds import seed_of
 from undiffuse.train.augment import Augment, NoAugment, labelled
 from undiffuse.train.checkpoint import Checkpoints, is_shard, whole
 from undiffuse.train.ema import EMA, Snapshots
@@ -93,8 +93,8 @@ def train(
 ) -> Iterator[TrainState]:
     """Train in place, yielding a `TrainState` after every step; stop early with `break`.
 
-    `data` is x (n, *data), with `cond`, a `Cond` of n rows or None, or a `Feed`. Give `ema=EMA(model)` to keep its
-    average, and `snapshots=Snapshots(folder)` for averages of any length afterwards. `optimiser` makes torch's
+    `data` is x (n, *data), with `cond`, a `Cond` or `Given` of n rows or None, or a `Feed`. Give `ema=EMA(model)` to
+    keep its average, and `snapshots=Snapshots(folder)` for averages of any length afterwards. `optimiser` makes torch's
     optimiser, and `scheduler` one of torch's schedulers for it instead of the plan's rate, as in
     `lambda o: OneCycleLR(o, ...)`; `augment` changes data and tells the network how.
 
@@ -183,7 +183,7 @@ def _in_memory(x: Tensor, cond: Any, seed: int) -> InMemory:
             f"train takes floats in the model's range, got {x.dtype} of shape {tuple(x.shape)}: x / 127.5 - 1?"
         )
     if cond is not None and not hasattr(cond, "drop"):
-        raise InputError(f"cond must be a Cond, such as Label(10)(labels), got {type(cond).__name__}")
+        raise InputError(f"cond must be a Cond, such as Label(10)(labels), or a Given, got {type(cond).__name__}")
     return InMemory(x, cond, seed)
 
 
@@ -205,7 +205,7 @@ class _Draws:
         eps = Noise(rows.x.shape, seed_of(self.seed, 1), index.tolist(), device=device)()
         eps = self.objective.coupling(x0, eps, cond)
         if cond is not None:
-            cond = cond.drop(uniform(seed_of(self.seed, 6), index) < self.plan.cond_dropout).to(device)
+            cond = cond.dropped(seed_of(self.seed, 6), index, self.plan.cond_dropout).to(device)
         return x0, eps, drawn[mine], labelled(cond, labels), index
 
 

@@ -1,0 +1,120 @@
+"""Sound -> tokens over time: a log-mel spectrogram, and a transformer that is trained along."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from undiffuse.cond.cond import Cond
+from undiffuse.cond.transformer import Transformer, check_sizes, sequences
+from undiffuse.types import InputError
+
+_FLOOR = 1e-8  # of power: what is quieter is silence
+
+
+def mel(hertz: Tensor) -> Tensor:
+    """The mel scale, 2595 log10(1 + f / 700) (O'Shaughnessy 1987)."""
+    return 2595 * torch.log10(1 + hertz / 700)
+
+
+def bands(rate: int, window: int, count: int) -> Tensor:
+    """(count, window / 2 + 1): triangles over a Fourier transform's frequencies, with peak 1, at equal distances in mel
+    from 0 to rate / 2; each ends where its neighbours peak, so that between the outer peaks they sum to 1."""
+    f = torch.linspace(0, rate / 2, window // 2 + 1, dtype=torch.float64)
+    edges = 700 * (10 ** (torch.linspace(0, float(mel(f[-1])), count + 2, dtype=torch.float64) / 2595) - 1)
+    low, peak, high = (edges[i : count + i, None] for i in range(3))
+    return torch.minimum((f - low) / (peak - low), (high - f) / (high - peak)).clamp(min=0)
+
+
+def log_mel(wave: Tensor, rate: int, count: int = 64, window: int = 512, hop: int = 160) -> Tensor:
+    """Samples (n,) in [-1, 1] at `rate` a second -> (frames, count), frames = 1 + n // hop: log10 of the power in mel
+    bands under a Hann window, as (log10 + 4) / 4, which is -1 for silence and near 1 for the loudest tone.
+
+    The powers of a sine of amplitude a sum to a^2, in the one or two bands that it falls into.
+    """
+    hann = torch.hann_window(window, dtype=torch.float64)
+    padded = pad(wave.double(), (window // 2, window // 2))
+    spectrum = torch.stft(padded, window, hop, window=hann, center=False, return_complex=True)
+    power = (2 * spectrum.abs() / hann.sum()).square()
+    # a tone's main lobe holds sum(hann^2) window / sum(hann)^2 times the power at its peak
+    power = power * (hann.sum() ** 2 / (window * hann.square().sum()))
+    return ((bands(rate, window, count) @ power).clamp(min=_FLOOR).log10().T.float() + 4) / 4
+
+
+@dataclass(frozen=True)
+class Audio:
+    """Waveforms in [-1, 1] at `rate` samples a second as tokens, one for every `patch` frames of their log-mel
+    spectrogram of `mels` bands, and their mean: through a transformer of `depth` layers of `width` features, trained
+    along with the network. A waveform (n,) may have any length from one window on, up to `seconds`.
+
+    >>> from undiffuse.cond import Encoders
+    >>> encoders = Encoders({"sound": Audio(rate=8000, mels=16, width=16, depth=1)})
+    >>> encoders.encoded(encoders(sound=[torch.rand(4000), torch.rand(2000)]), ()).tokens_mask.sum(1).tolist()
+    [7, 4]
+    """
+
+    rate: int = 16_000
+    mels: int = 64
+    window: int = 512
+    hop: int = 160
+    patch: int = 4
+    width: int = 128
+    depth: int = 2
+    seconds: float = 10.0
+    spatial = 0
+
+    def __post_init__(self) -> None:
+        least = {name: getattr(self, name) for name in ("rate", "mels", "window", "hop", "patch")}
+        check_sizes("Audio", self.width, self.depth, **least)
+        if not 0 < self.seconds < math.inf or self.hop > self.window or self.window % 2:
+            raise InputError(f"Audio needs seconds > 0, and an even window >= hop, got {self}")
+        if not bool((bands(self.rate, self.window, self.mels).sum(1) > 0).all()):
+            raise InputError(f"{self.mels} mel bands are too narrow for a window of {self.window} samples: take fewer")
+
+    @property
+    def vector(self) -> int:
+        """The width of the mean."""
+        return self.width
+
+    @property
+    def tokens(self) -> int:
+        """The width of the tokens."""
+        return self.width
+
+    def read(self, values: Sequence[Any] | Tensor) -> dict[str, Tensor]:
+        """Spectrograms (b, n patch, mels), filled up with zeros, and which of the n tokens are there."""
+        parts = []
+        for value in values:
+            wave = torch.as_tensor(value)
+            if wave.ndim != 1 or not wave.is_floating_point() or not bool(wave.isfinite().all()):
+                raise InputError(f"a waveform must be finite floats (n,), got {wave.dtype} {tuple(wave.shape)}")
+            if not self.window <= len(wave) <= self.seconds * self.rate:
+                raise InputError(
+                    f"a waveform of {len(wave)} samples: expected {self.window} to {int(self.seconds * self.rate)}, "
+                    f"which is {self.seconds:g} s at {self.rate} a second"
+                )
+            frames = log_mel(wave, self.rate, self.mels, self.window, self.hop)
+            silence = -torch.ones(-len(frames) % self.patch, self.mels)
+            parts.append(torch.cat([frames, silence]).reshape(-1, self.patch, self.mels))
+        whole, mask = sequences(parts)
+        return {"mel": whole, "mask": mask}
+
+    def build(self) -> nn.Module:
+        """Patches of frames and the transformer."""
+        return _Sound(self)
+
+
+class _Sound(nn.Module):
+    def __init__(self, of: Audio) -> None:
+        super().__init__()
+        self.stem, self.transformer = nn.Linear(of.patch * of.mels, of.width), Transformer(of.width, of.depth)
+
+    def forward(self, read: Mapping[str, Tensor], size: Sequence[int]) -> Cond:
+        out: Cond = self.transformer(self.stem(read["mel"].flatten(2).to(self.stem.weight.dtype)), read["mask"])
+        return out

@@ -1,0 +1,197 @@
+"""Text -> tokens and their mean: by a small transformer over bytes that is trained along, or by a frozen encoder."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from undiffuse.cond.cond import Cond
+from undiffuse.cond.prompt import Prompt, plain
+from undiffuse.cond.transformer import Transformer, check_sizes, pooled, sequences
+from undiffuse.types import InputError
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """The UTF-8 bytes of a text through a transformer of `depth` layers of `width` features, trained along with the
+    network (as in GLIDE; Nichol et al. 2021, arXiv 2112.10741): tokens (b, n, width) and their mean as the vector.
+
+    No vocabulary and no download. A text of more than `length` bytes is refused. Texts are strings or `Prompt`s, whose
+    weights multiply the tokens.
+
+    >>> from undiffuse.cond import Encoders
+    >>> encoders = Encoders({"text": Bytes(width=16, depth=1)})
+    >>> encoders.encoded(encoders(text=["red", "a car"]), ()).tokens_mask.sum(1).tolist()
+    [3, 5]
+    """
+
+    width: int = 128
+    depth: int = 2
+    length: int = 256
+    spatial = 0
+
+    def __post_init__(self) -> None:
+        check_sizes("Bytes", self.width, self.depth, length=self.length)
+
+    @property
+    def vector(self) -> int:
+        """The width of the mean."""
+        return self.width
+
+    @property
+    def tokens(self) -> int:
+        """The width of the tokens."""
+        return self.width
+
+    def read(self, values: Sequence[str | Prompt]) -> dict[str, Tensor]:
+        """Bytes (b, n), where they are, and their weights."""
+        codes, weights = [], []
+        for given in map(plain, values):
+            each = [(code, w) for c, w in zip(given.text, given.weights, strict=True) for code in c.encode()]
+            if len(each) > self.length:
+                raise InputError(f"{len(each)} bytes of text, {given.text[:40]!r} ...: at most {self.length} are read")
+            codes.append(torch.tensor([code for code, _ in each], dtype=torch.uint8))
+            weights.append(torch.tensor([w for _, w in each], dtype=torch.float32))
+        whole, mask = sequences(codes)
+        return {"bytes": whole, "mask": mask, "weights": sequences(weights)[0]}
+
+    def build(self) -> nn.Module:
+        """The transformer and the embedding of bytes."""
+        return _Bytes(self.width, self.depth)
+
+
+class _Bytes(nn.Module):
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.embed, self.transformer = nn.Embedding(256, width), Transformer(width, depth)
+
+    def forward(self, read: Mapping[str, Tensor], size: Sequence[int]) -> Cond:
+        out: Cond = self.transformer(self.embed(read["bytes"].long()), read["mask"], read["weights"])
+        return out
+
+
+@dataclass(frozen=True)
+class Text:
+    """A frozen text encoder of `transformers`, by its folder or its name on the hub (CLIP, T5, BERT, MiniLM): its last
+    hidden states are the tokens, their mean is the vector. `pip install 'undiffuse[text]'`.
+
+    A text is embedded once, by itself, and kept in memory; and, where `cache` names a folder, in a file named by the
+    hash of the encoder's weights and of the text. Texts of more than `length` tokens are cut. InputError where there is
+    no such encoder.
+    """
+
+    name: str
+    length: int = 77
+    cache: str = ""
+    spatial = 0
+
+    def __post_init__(self) -> None:
+        if not self.name.strip() or self.length < 1:
+            raise InputError(f"Text needs a folder or a hub's name, and length >= 1: got {self.name!r}, {self.length}")
+
+    @property
+    def vector(self) -> int:
+        """The width of the mean."""
+        return self.tokens
+
+    @property
+    def tokens(self) -> int:
+        """The width of the hidden states."""
+        return _width(self.name)
+
+    def read(self, values: Sequence[str | Prompt]) -> dict[str, Tensor]:
+        """Tokens (b, n, tokens), times the weights of their words, and where they are."""
+        kept = [self._embedded(given) for given in map(plain, values)]
+        tokens, mask = sequences([tokens for tokens, _ in kept])
+        return {"tokens": tokens, "mask": mask, "weights": sequences([weights for _, weights in kept])[0]}
+
+    def _embedded(self, given: Prompt) -> tuple[Tensor, Tensor]:
+        """(n, tokens) and the weight (n,) of the character that each token begins with, 1 of those without any."""
+        found = _embedded(self.name, self.length, self.cache, given.text)
+        ends = [(int(start), int(end)) for start, end in found["ends"]]
+        return found["tokens"], torch.tensor([given.weights[start] if end > start else 1.0 for start, end in ends])
+
+    def build(self) -> nn.Module:
+        """Nothing to train."""
+        return _Pooled()
+
+
+class _Pooled(nn.Module):
+    def forward(self, read: Mapping[str, Tensor], size: Sequence[int]) -> Cond:
+        return pooled(read["tokens"], read["mask"], read["weights"])
+
+
+def _missing(name: str, error: Exception) -> InputError:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError(f"no text encoder at {name!r}: give the folder of one, or a name on the hub ({first})")
+
+
+@functools.cache
+def _width(name: str) -> int:
+    transformers = _transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except Exception as error:  # transformers raises many kinds
+        raise _missing(name, error) from error
+    config = getattr(config, "text_config", None) or config
+    return int(getattr(config, "hidden_size", None) or config.d_model)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError("text encoders need transformers: pip install 'undiffuse[text]'") from error
+    return transformers
+
+
+@functools.cache
+def _loaded(name: str) -> tuple[Any, Any, str]:
+    """(tokenizer, frozen model, hash of its weights)."""
+    transformers = _transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        config = getattr(config, "text_config", None) or config
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, use_fast=True)
+        model = transformers.AutoModelForTextEncoding.from_pretrained(name, config=config, dtype=torch.float32)
+    except Exception as error:
+        raise _missing(name, error) from error
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(key.encode() + value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return tokenizer, model.eval().requires_grad_(False), digest.hexdigest()
+
+
+@functools.lru_cache(100_000)
+def _embedded(name: str, length: int, cache: str, text: str) -> dict[str, Tensor]:
+    """`tokens` (n, width) of a text and `ends` (n, 2), the characters where each begins and ends."""
+    tokenizer, model, weights = _loaded(name)
+    key = hashlib.sha256(f"{weights} {length} {text}".encode()).hexdigest()
+    path = Path(cache).expanduser() / key[:2] / f"{key}.safetensors"
+    if cache and path.is_file():
+        try:
+            return load_file(path)
+        except SafetensorError:  # a file that was not written to its end is made anew
+            path.unlink()
+    ids = tokenizer(text, return_tensors="pt", return_offsets_mapping=True, truncation=True, max_length=length)
+    ends = ids.pop("offset_mapping")[0]
+    with torch.no_grad():
+        tokens = model(**ids).last_hidden_state[0]
+    found = {"tokens": tokens.contiguous(), "ends": ends.contiguous()}
+    if cache:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(save(found))
+        os.replace(file.name, path)
+    return found
