@@ -1,4 +1,4 @@
-"""Sets by name: digits, MNIST, Fashion-MNIST and emoji from their packages, and points in the plane."""
+"""Sets by name: from packages (digits, MNIST, Fashion-MNIST, emoji), drawn (scenes), and points in the plane."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import importlib.util
 import math
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 import numpy as np
 import torch
 
-from undiffuse.data.source import Arrays, names
+from undiffuse.data.scenes import open_scenes
+from undiffuse.data.source import Arrays, Source, names
 from undiffuse.types import InputError
 
 if TYPE_CHECKING:
@@ -203,11 +205,13 @@ def _swissroll(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]
     return xy + 0.02 * rng.normal(size=xy.shape), None
 
 
-BUILT_IN: dict[str, Callable[[Path | None], Arrays]] = {
+BUILT_IN: dict[str, Callable[[Path | None], Source]] = {
     "digits": digits,
     "emoji": emoji,
     "fashion-mnist": fashion_mnist,
     "mnist": mnist,
+    "scenes": partial(open_scenes, 32),
+    "scenes-64": partial(open_scenes, 64),
     "toy-moons": _points("toy-moons", _moons),
     "toy-spiral": _points("toy-spiral", _spiral),
     "toy-checkerboard": _points("toy-checkerboard", _checkerboard),
