@@ -1,4 +1,4 @@
-"""Sets by name: from packages (digits, MNIST, Fashion-MNIST, emoji), drawn (scenes), and points in the plane."""
+"""Sets by name: from packages (digits, MNIST, Fashion-MNIST, emoji), drawn (scenes, depth), and points in the plane."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 import numpy as np
 import torch
 
+from undiffuse.data.depth import open_depth
 from undiffuse.data.scenes import open_scenes
 from undiffuse.data.source import Arrays, Source, names
 from undiffuse.types import InputError
@@ -206,6 +207,8 @@ def _swissroll(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]
 
 
 BUILT_IN: dict[str, Callable[[Path | None], Source]] = {
+    "depth": partial(open_depth, 32),
+    "depth-64": partial(open_depth, 64),
     "digits": digits,
     "emoji": emoji,
     "fashion-mnist": fashion_mnist,

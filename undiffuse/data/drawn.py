@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from undiffuse.data.source import Raw, Source, digest
 from undiffuse.types import InputError
 
-Draw = Callable[[int], tuple[np.ndarray, dict[str, Any]]]
 _FIRST = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """Samples draw(0), ..., draw(n - 1): a picture (channels, *size) and its other columns, the same at each call.
+    """Samples draw(0), ..., draw(n - 1), whose x are arrays: the same at each call.
 
     Workers that are started afresh need a `draw` that can be pickled. Raises InputError for n < 1.
     """
 
     name: str
     n: int
-    draw: Draw
+    draw: Callable[[int], Raw]
     columns: tuple[str, ...] = ()
     test: Source | None = None
     classes: tuple[str, ...] = ()
@@ -39,11 +37,10 @@ class Drawn:
 
     def read(self, i: int) -> Raw:
         """Sample i."""
-        x, columns = self.draw(i)
-        return Raw(x, None, columns, f"{self.name}[{i}]")
+        return replace(self.draw(i), where=f"{self.name}[{i}]")
 
     def fingerprint(self) -> str:
         """SHA-256 over the number of samples and the first of them, which differ in whatever draws otherwise."""
         first = [self.read(i) for i in range(min(_FIRST, self.n))]
-        values = [np.asarray(v) for raw in first for v in (raw.x, *raw.columns.values())]
+        values = [np.asarray(v) for raw in first for v in (raw.x, raw.label or 0, *raw.columns.values())]
         return digest(str(self.n), *(v.tobytes() for v in values))

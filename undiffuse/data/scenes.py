@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import permutations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from undiffuse.data.drawn import Drawn
 from undiffuse.data.picture import to_float
+from undiffuse.data.source import Raw
 from undiffuse.types import InputError
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255),
@@ -327,10 +327,10 @@ def scenes(side: int = 32, n: int = 20_000, seed: int = 0, held_out: bool = Fals
     return Drawn(name, n, partial(_sample, side, seed, held_out), ("text", "segmentation"))
 
 
-def _sample(side: int, seed: int, held_out: bool, i: int) -> tuple[np.ndarray, dict[str, Any]]:
+def _sample(side: int, seed: int, held_out: bool, i: int) -> Raw:
     drawn = scene(seed, i, held_out)
     picture, mask = render(drawn, side)
-    return picture, {"text": drawn.caption, "segmentation": mask}
+    return Raw(picture, columns={"text": drawn.caption, "segmentation": mask})
 
 
 def open_scenes(side: int, path: Path | None = None) -> Drawn:
