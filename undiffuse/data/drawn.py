@@ -37,7 +37,7 @@ class Drawn:
 
     def read(self, i: int) -> Raw:
         """Sample i."""
-        return replace(self.draw(i), where=f"{self.name}[{i}]")
+        return replace(self.draw(int(i)), where=f"{self.name}[{i}]")
 
     def fingerprint(self) -> str:
         """SHA-256 over the number of samples and the first of them, which differ in whatever draws otherwise."""
