@@ -113,7 +113,7 @@ def recorded(path: Path | None = None) -> Clips:
 def paired(clips: Clips, pictures: Arrays, test: bool, n: int) -> Drawn:
     """n samples: clip i modulo their number by the voices for training, or for the test, with a picture of its digit.
 
-    The pictures are those for training or the 360 for the test, drawn by i; columns are `audio` (float32) and `rate`.
+    The pictures are those for training or the 360 for the test, drawn by i; `audio` is float32 in [-1, 1], with its `rate` in Hz.
     """
     if pictures.labels is None:
         raise InputError(f"{pictures.name} has no labels to pair with spoken digits")
@@ -123,7 +123,7 @@ def paired(clips: Clips, pictures: Arrays, test: bool, n: int) -> Drawn:
     said = np.flatnonzero((clips.voices >= len(VOICES)) == test)
     name = "spoken-digits (test)" if test else "spoken-digits"
     draw = partial(_sample, clips, pictures, said, of, int(test))
-    return Drawn(name, n, draw, ("audio", "rate"), classes=pictures.classes)
+    return Drawn(name, n, draw, ("audio",), classes=pictures.classes)
 
 
 def _sample(clips: Clips, pictures: Arrays, said: np.ndarray, of: list[np.ndarray], seed: int, i: int) -> Raw:
