@@ -68,6 +68,8 @@ def mnist(path: Path | None = None) -> Arrays:
 def emoji(path: Path | None = None) -> Arrays:
     """About 1,900 colour emoji of 64x64 pixels on white, each with its English name as `text`; without skin tones.
 
+    `segmentation` is 1 where the emoji covers at least half of a pixel, and 0 elsewhere.
+
     Debian's fonts-noto-color-emoji (or the font file `path`) draws those that PyPI's emoji names, in the order of their
     code points; those that the font lacks are left out, so both packages' versions decide which there are.
     """
@@ -98,7 +100,9 @@ def emoji(path: Path | None = None) -> Arrays:
             texts.append(entry["en"].strip(":").replace("_", " "))
     if not pictures:
         raise InputError(f"emoji: {font_file} draws none of the emoji: {how}")
-    return Arrays(np.stack(pictures), name="emoji", extra={"text": np.array(texts)})
+    drawn = np.stack(pictures)
+    columns = {"text": np.array(texts), "segmentation": (drawn[:, 3] >= 128).astype(np.uint8)}
+    return Arrays(np.ascontiguousarray(drawn[:, :3]), name="emoji", extra=columns)
 
 
 def spoken_digits(path: Path | None = None) -> Source:
@@ -110,17 +114,19 @@ def spoken_digits(path: Path | None = None) -> Source:
 
 
 def _glyph(font: FreeTypeFont, code: str) -> np.ndarray | None:
-    """The emoji (3, 64, 64) centred on white; None where the font draws nothing, or several glyphs side by side."""
+    """The emoji centred on white, and its alpha (4, 64, 64); None where the font draws nothing, or several glyphs."""
     from PIL import Image, ImageDraw
 
     left, top, right, bottom = (round(v) for v in font.getbbox(code))
     if bottom <= top or right - left > 1.5 * _STRIKE:
         return None
     side = max(right - left, bottom - top)
-    picture = Image.new("RGB", (side, side), "white")
     at = ((side - right - left) // 2, (side - bottom - top) // 2)
-    ImageDraw.Draw(picture).text(at, code, "black", font, embedded_color=True)
-    return np.asarray(picture.resize((64, 64), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+    opaque, clear = Image.new("RGB", (side, side), "white"), Image.new("RGBA", (side, side))
+    for picture in (opaque, clear):
+        ImageDraw.Draw(picture).text(at, code, "black", font, embedded_color=True)
+    planes = [p.resize((64, 64), Image.Resampling.LANCZOS) for p in (*opaque.split(), clear.getchannel("A"))]
+    return np.stack([np.asarray(plane) for plane in planes])
 
 
 def _file(folder: Path, name: str) -> Path | None:

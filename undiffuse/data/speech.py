@@ -113,7 +113,8 @@ def recorded(path: Path | None = None) -> Clips:
 def paired(clips: Clips, pictures: Arrays, test: bool, n: int) -> Drawn:
     """n samples: clip i modulo their number by the voices for training, or for the test, with a picture of its digit.
 
-    The pictures are those for training or the 360 for the test, drawn by i; `audio` is float32 in [-1, 1], with its `rate` in Hz.
+    The pictures are those for training or the 360 for the test, drawn by i; `audio` is float32 in [-1, 1], and comes
+    with its `rate` in Hz. Raises InputError for pictures without labels.
     """
     if pictures.labels is None:
         raise InputError(f"{pictures.name} has no labels to pair with spoken digits")
