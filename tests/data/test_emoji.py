@@ -49,15 +49,22 @@ def emoji():
 def test_captions_are_the_english_names_in_the_order_of_the_code_points(named, font):
     named({"♥": (":heart_suit:", 2), "☀": (":sun:", 2), "☺": (":smiling_face_(plain):", 2)})
     source = open_source("emoji", path=font)
-    assert [source.read(i).columns for i in range(3)] == [
-        {"text": "sun"},
-        {"text": "smiling face (plain)"},
-        {"text": "heart suit"},
-    ]
+    assert [source.read(i).columns["text"] for i in range(3)] == ["sun", "smiling face (plain)", "heart suit"]
     assert (source.x.shape, source.x.dtype, source.labels, source.classes) == ((3, 3, 64, 64), np.uint8, None, ())
     assert len({x.tobytes() for x in source.x}) == 3
     assert (source.x[:, :, 0, 0] == 255).all()  # on white
     assert (source.x.min((1, 2, 3)) < 40).all()  # and something on it
+
+
+def test_masks_are_where_something_is_drawn(named, font):
+    named({"♥": (":heart_suit:", 2), "☀": (":sun:", 2)})
+    source = open_source("emoji", path=font)
+    assert source.columns == ("text", "segmentation")
+    mask = source.extra["segmentation"]
+    assert (mask.shape, mask.dtype, set(np.unique(mask))) == ((2, 64, 64), np.uint8, {0, 1})
+    dark = source.x.mean(1) < 127.5  # black on white: half black is half covered
+    assert (mask == dark).mean() > 0.995
+    assert 0.02 < mask.mean() < 0.9
 
 
 @pytest.mark.parametrize(
@@ -120,12 +127,20 @@ def test_the_font_draws_in_colour(emoji):
         assert middle[bright] > np.delete(middle, bright).max() + 40, (text, middle)
 
 
+def test_white_parts_of_an_emoji_belong_to_its_mask(emoji):
+    place = {text: i for i, text in enumerate(emoji.extra["text"].tolist())}
+    white, mask = place["white circle"], emoji.extra["segmentation"]
+    assert mask[white].mean() == pytest.approx(mask[place["red circle"]].mean(), abs=0.02)
+    assert mask[white, 32, 32] == 1
+    assert mask[:, [0, 0, -1, -1], [0, -1, 0, -1]].mean() < 0.1  # corners are free
+
+
 def test_stand_ins_of_the_font_are_left_out(emoji):
     from PIL import ImageFont
 
     font = ImageFont.truetype(_NOTO, 109)
     drawn = [picture for code in _LACKING if (picture := _glyph(font, code)) is not None]
-    assert not any(np.array_equal(x, picture) for x in emoji.x for picture in drawn)
+    assert not any(np.array_equal(x, picture[:3]) for x in emoji.x for picture in drawn)
     assert len({x.tobytes() for x in emoji.x}) > 0.98 * len(emoji)  # some flags are equal
 
 

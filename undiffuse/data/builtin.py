@@ -1,4 +1,4 @@
-"""Sets by name: digits, MNIST, Fashion-MNIST and emoji from their packages, and points in the plane."""
+"""Sets by name: from packages (digits, clothes, emoji, speech), drawn (scenes, solids), and points in the plane."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import importlib.util
 import math
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 import numpy as np
 import torch
 
-from undiffuse.data.source import Arrays, names
+from undiffuse.data.depth import open_depth
+from undiffuse.data.scenes import open_scenes
+from undiffuse.data.source import Arrays, Source, names
+from undiffuse.data.speech import open_spoken
 from undiffuse.types import InputError
 
 if TYPE_CHECKING:
@@ -64,6 +68,8 @@ def mnist(path: Path | None = None) -> Arrays:
 def emoji(path: Path | None = None) -> Arrays:
     """About 1,900 colour emoji of 64x64 pixels on white, each with its English name as `text`; without skin tones.
 
+    `segmentation` is 1 where the emoji covers at least half of a pixel, and 0 elsewhere.
+
     Debian's fonts-noto-color-emoji (or the font file `path`) draws those that PyPI's emoji names, in the order of their
     code points; those that the font lacks are left out, so both packages' versions decide which there are.
     """
@@ -94,21 +100,33 @@ def emoji(path: Path | None = None) -> Arrays:
             texts.append(entry["en"].strip(":").replace("_", " "))
     if not pictures:
         raise InputError(f"emoji: {font_file} draws none of the emoji: {how}")
-    return Arrays(np.stack(pictures), name="emoji", extra={"text": np.array(texts)})
+    drawn = np.stack(pictures)
+    columns = {"text": np.array(texts), "segmentation": (drawn[:, 3] >= 128).astype(np.uint8)}
+    return Arrays(np.ascontiguousarray(drawn[:, :3]), name="emoji", extra=columns)
+
+
+def spoken_digits(path: Path | None = None) -> Source:
+    """Handwritten digits of 8x8 pixels, each with a clip of that digit spoken as `audio`; the test has other voices.
+
+    Debian's espeak-ng (or the program `path`) speaks; see `speech.recorded`.
+    """
+    return open_spoken(digits(), path)
 
 
 def _glyph(font: FreeTypeFont, code: str) -> np.ndarray | None:
-    """The emoji (3, 64, 64) centred on white; None where the font draws nothing, or several glyphs side by side."""
+    """The emoji centred on white, and its alpha (4, 64, 64); None where the font draws nothing, or several glyphs."""
     from PIL import Image, ImageDraw
 
     left, top, right, bottom = (round(v) for v in font.getbbox(code))
     if bottom <= top or right - left > 1.5 * _STRIKE:
         return None
     side = max(right - left, bottom - top)
-    picture = Image.new("RGB", (side, side), "white")
     at = ((side - right - left) // 2, (side - bottom - top) // 2)
-    ImageDraw.Draw(picture).text(at, code, "black", font, embedded_color=True)
-    return np.asarray(picture.resize((64, 64), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+    opaque, clear = Image.new("RGB", (side, side), "white"), Image.new("RGBA", (side, side))
+    for picture in (opaque, clear):
+        ImageDraw.Draw(picture).text(at, code, "black", font, embedded_color=True)
+    planes = [p.resize((64, 64), Image.Resampling.LANCZOS) for p in (*opaque.split(), clear.getchannel("A"))]
+    return np.stack([np.asarray(plane) for plane in planes])
 
 
 def _file(folder: Path, name: str) -> Path | None:
@@ -203,11 +221,16 @@ def _swissroll(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]
     return xy + 0.02 * rng.normal(size=xy.shape), None
 
 
-BUILT_IN: dict[str, Callable[[Path | None], Arrays]] = {
+BUILT_IN: dict[str, Callable[[Path | None], Source]] = {
     "digits": digits,
     "emoji": emoji,
     "fashion-mnist": fashion_mnist,
     "mnist": mnist,
+    "spoken-digits": spoken_digits,
+    "scenes": partial(open_scenes, 32),
+    "scenes-64": partial(open_scenes, 64),
+    "depth": partial(open_depth, 32),
+    "depth-64": partial(open_depth, 64),
     "toy-moons": _points("toy-moons", _moons),
     "toy-spiral": _points("toy-spiral", _spiral),
     "toy-checkerboard": _points("toy-checkerboard", _checkerboard),
