@@ -10,7 +10,7 @@ from torch import Tensor
 
 from undiffuse.denoise import FixedRows
 from undiffuse.grid import Grid, UniformLam, check_levels
-from undiffuse.guide import CFG, Guidance
+from undiffuse.guide import Guidance, guide_of
 from undiffuse.level import Level, transition
 from undiffuse.schedule import Schedule
 from undiffuse.seeds import mix
@@ -164,7 +164,7 @@ def sample(
     if plan is not None and (solver is not None or grid is not None):
         raise InputError("a plan is a solver on its own levels: leave solver and grid out, or the plan")
     solver, grid = solver or DPMpp2M(), grid or UniformLam()
-    guide = CFG(float(guidance)) if isinstance(guidance, int | float) else guidance
+    guide = guide_of(guidance)
     if isinstance(grid, type) or not callable(grid) or isinstance(schedule, type) or not hasattr(schedule, "level"):
         raise InputError(
             f"schedule and grid must be instances such as VP() and UniformLam(), got {schedule!r}, {grid!r}"

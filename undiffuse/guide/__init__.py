@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from undiffuse.guide.cfg import CFG
-from undiffuse.types import Denoise, Model
+from undiffuse.types import Denoise, InputError, Model
 
 
 class Guidance(Protocol):
@@ -15,6 +15,15 @@ class Guidance(Protocol):
     def __call__(self, model: Model, cond: Any, /) -> Denoise: ...
 
 
+def guide_of(guidance: Guidance | float) -> Guidance:
+    """A guidance, a number being the weight of CFG; InputError for anything else."""
+    if isinstance(guidance, int | float):
+        return CFG(float(guidance))
+    if not callable(guidance):
+        raise InputError(f"guidance is a weight or a guidance such as CFG(2.0), got {guidance!r}")
+    return guidance
+
+
 GUIDES: dict[str, Callable[..., Guidance]] = {"cfg": CFG}
 
-__all__ = ["CFG", "GUIDES", "Guidance"]
+__all__ = ["CFG", "GUIDES", "Guidance", "guide_of"]
