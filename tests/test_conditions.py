@@ -210,6 +210,11 @@ def test_one_network_takes_any_size(name, size):
     out = net(x, t, cond)
     assert out.shape == x.shape
     assert out.isfinite().all()
+    net(*given(8, 8))
+    assert torch.equal(net(x, t, cond), out)  # nothing of another size is remembered
+    moved = x.clone()
+    moved[:, :, -1, -1] += 1
+    assert (net(moved, t, cond) - out)[:, :, -1, -1].abs().max() > 1e-3  # and the far corner is seen
 
 
 # the mechanisms, each by its formula

@@ -103,7 +103,7 @@ def test_conditions_say_what_they_say_on_the_cpu_and_do_not_wait(name, waits):
     due = net(x, t, cond)
     net, x, t, cond = net.cuda(), x.cuda(), t.cuda(), cond.to("cuda")
     torch.testing.assert_close(net(x, t, cond).cpu(), due, rtol=1e-3, atol=1e-3)
-    assert torch.isfinite(net.bfloat16()(x.bfloat16(), t, cond)).all()
+    torch.testing.assert_close(net.bfloat16()(x.bfloat16(), t, cond).float().cpu(), due, rtol=0.1, atol=0.1)
     waits()
     net(x.bfloat16(), t, cond)
 

@@ -268,16 +268,13 @@ def sample(
     if dry_run:
         return _dry(config, as_json)
     if out is not None and (out.is_dir() or not out.suffix):
-        file, labelled = plan, bool(model.cycle(label))
-        if plan is not None:
-            _fits(plan, model, run, config, labelled)
-        if nfe is not None:
-            if kept_plan(model, run, config, nfe, labelled) is None and not own(run_folder(run)):
-                raise InputError(
-                    f"shards need a plan in a file, and {run} has none of {nfe} evaluations: make it with "
-                    f"`undiffuse tune {run} --nfe {nfe} --out FOLDER`, and give it as --plan"
-                )
-            file = _chosen(model, run, config, nfe, labelled, as_json).path
+        labelled = bool(model.cycle(label))
+        if nfe is not None and kept_plan(model, run, config, nfe, labelled) is None and not own(run_folder(run)):
+            raise InputError(
+                f"shards need a plan in a file, and {run} has none of {nfe} evaluations: make it with "
+                f"`undiffuse tune {run} --nfe {nfe} --out FOLDER`, and give it as --plan"
+            )
+        kept = _planned(nfe, plan, model, run, config, labelled, as_json)
         job = bulk_module.plan(
             model,
             run,
@@ -288,7 +285,7 @@ def sample(
             format=form,
             device=device,
             threads=threads,
-            table=file,
+            table=None if kept is None else kept.path,
         )
         return _shards(job, model, "ray" if ray else "local", workers, as_json)
     if ray or workers is not None or (shard, form, device, threads) != (1000, "safetensors", "auto", 1):
@@ -299,17 +296,8 @@ def sample(
     cycle = model.cycle(label)
     labels = torch.tensor(cycle)[torch.arange(use.n) % len(cycle)] if cycle else None
     words = "any" if label is None else re.sub(r"[^\w-]+", "_", label)
-    table, kept = None if plan is None else read_plan(plan), None
-    if plan is not None:
-        _fits(plan, model, run, config, bool(cycle))
-    if nfe is not None:
-        kept = _chosen(model, run, config, nfe, bool(cycle), as_json)
-        table = kept.plan
-    if table is None:
-        how = _how(config, bool(cycle))
-    else:
-        how = plan.stem if plan is not None else f"nfe{nfe}{_weight(config, bool(cycle))}"
-    name = f"seed{use.seed}-{words}-{how}" + ("" if ema is None else f"-ema{ema:g}")
+    kept = _planned(nfe, plan, model, run, config, bool(cycle), as_json)
+    name = f"seed{use.seed}-{words}-{_how(config, bool(cycle), nfe, plan)}" + ("" if ema is None else f"-ema{ema:g}")
     out = out or _own_folder(run, "samples") / f"{name}.png"
     if len(model.shape) != 3 and out.suffix == ".png":
         out = out.with_suffix(".npy")
@@ -324,8 +312,8 @@ def sample(
 
     started = time.perf_counter()
     chunks = -(-use.n // use.batch)
-    grid = config.build("grid")(config.build("schedule"), use.steps) if table is None else ()
-    total = chunks * (len(grid) - 1)
+    levels = config.build("grid")(config.build("schedule"), use.steps) if kept is None else ()
+    total = chunks * (len(levels) - 1)
     with Bars(as_json) as bars:
         done: list[int] = []
 
@@ -333,7 +321,9 @@ def sample(
             done.append(state.i)
             bars.move("sampling", len(done), total, f"{state.nfe} evaluations")
 
-        x = model.using(config).sample(label=labels, plan=table, guidance=guidance, progress=on_state)
+        x = model.using(config).sample(
+            label=labels, plan=None if kept is None else kept.plan, guidance=guidance, progress=on_state
+        )
     seconds = time.perf_counter() - started
     if not bool(torch.isfinite(x).all()):
         raise NonFinite(
@@ -352,8 +342,8 @@ def sample(
         "seconds": round(seconds, 4),
         "seconds_per_sample": round(seconds / use.n, 6),
     }
-    if table is not None:
-        facts["plan"] = {"name": table.name, "file": str(plan) if kept is None else kept.path and str(kept.path)}
+    if kept is not None:
+        facts["plan"] = {"name": kept.plan.name, "file": kept.path and str(kept.path)}
     if kept is not None and kept.choice is not None:
         facts["plan"]["rows"] = kept.choice.rows
         if not as_json:
@@ -411,14 +401,19 @@ def tune(
     _say(as_json, found.facts, f"{found.report.seconds:.0f} s; report: {found.page}{kept}{use}")
 
 
-def _fits(plan: Path, model: Model, run: str | Path, config: Config, labels: bool) -> None:
-    """InputError for a plan that cannot be used here, and a word on one that was made for something else."""
-    if word := check_plan(plan, made_for(model, run, config, labels)):
-        notes.print(f"warning: {word}", soft_wrap=True, markup=False)
+def _planned(
+    nfe: int | None, plan: Path | None, model: Model, run: str | Path, config: Config, labels: bool, quiet: bool
+) -> Kept | None:
+    """The plan that --plan gives or --nfe asks for, which is sought with a bar where there is none; None for neither.
 
-
-def _chosen(model: Model, run: str | Path, config: Config, nfe: int, labels: bool, quiet: bool) -> Kept:
-    """The plan of a run that suits it, with a bar while it is sought."""
+    InputError for a file that cannot be used here, and a word on one that was made for something else.
+    """
+    if plan is not None:
+        if word := check_plan(plan, made_for(model, run, config, labels)):
+            notes.print(f"warning: {word}", soft_wrap=True, markup=False)
+        return Kept(read_plan(plan), plan, None)
+    if nfe is None:
+        return None
     with Bars(quiet) as bars:
         return plan_for(model, run, config, nfe, labels, lambda i, n: bars.move("choosing a sampler", i, n))
 
@@ -431,11 +426,9 @@ def _own_folder(run: str | Path, what: str) -> Path:
 
 def _writable(file: Path) -> None:
     """InputError for a file that could not be written, before it is known what goes into it."""
-    path = next(path for path in (file.absolute(), *file.absolute().parents) if path.exists())
+    path = report.permitted(file)
     if path != file.absolute() and not path.is_dir():
         raise InputError(f"{file} cannot be written: {path} is a file, not a folder")
-    if not os.access(path, os.W_OK):
-        raise InputError(f"{file} cannot be written: there is no permission to write to {path}")
 
 
 def _number(number: int | None, layer: dict[str, Any]) -> int | None:
@@ -447,8 +440,12 @@ def _number(number: int | None, layer: dict[str, Any]) -> int | None:
     return asked if number is None else number
 
 
-def _how(config: Config, guided: bool) -> str:
+def _how(config: Config, guided: bool, nfe: int | None, plan: Path | None) -> str:
     """What tells a sample's file from those of other settings."""
+    if plan is not None:
+        return plan.stem
+    if nfe is not None:
+        return f"nfe{nfe}{_weight(config, guided)}"
     values = config.values
     return f"{values['solver']['kind']}-{values['sample']['steps']}{_weight(config, guided)}"
 
@@ -580,13 +577,8 @@ def evaluate(
         return _dry(config, as_json)
     if nfe is not None or plan is not None:
         _no_more_than_a_plan(nfe, plan, layer)
-    table = None if plan is None else read_plan(plan)
-    if plan is not None:
-        _fits(plan, model, run, config, bool(model.classes))
-    name = plan.stem if plan is not None else _how(config, bool(model.classes))
-    if nfe is not None:
-        table = _chosen(model, run, config, nfe, bool(model.classes), as_json).plan
-        name = f"nfe{nfe}{_weight(config, bool(model.classes))}"
+    kept = _planned(nfe, plan, model, run, config, bool(model.classes), as_json)
+    table, name = None if kept is None else kept.plan, _how(config, bool(model.classes), nfe, plan)
     settings = [*(config.values[key] for key in bulk_module.SETTINGS), asdict(choices), str(plan), ema]
     settings += [] if nfe is None else [nfe]
     folder = out if out is not None else _own_folder(run, "evaluations") / f"{name}-{digest(json.dumps(settings))[:6]}"

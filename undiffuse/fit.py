@@ -136,8 +136,8 @@ def _opened(config: Config, processes: Processes) -> _Opened:
     if out.exists() and not out.is_dir():
         raise InputError(f"out={out} is a file: give the name of a folder")
     data = RunData.of(config)
-    before = _before(out)
-    spectrum = processes.share(lambda: _spectrum(data, out))
+    # as one process sees the folder: it may write there before the slowest has looked
+    before, spectrum = processes.share(lambda: (_before(out), _spectrum(data, out)))
     if spectrum.std == 0:
         raise InputError(f"{data.train.name}: all samples are the same; there is nothing to learn")
     batch = config.section("train").batch

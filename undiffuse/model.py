@@ -20,7 +20,7 @@ from undiffuse.config import Config
 from undiffuse.data import Statistics
 from undiffuse.denoise import Denoiser
 from undiffuse.grid import Grid
-from undiffuse.guide import CFG, Guidance
+from undiffuse.guide import CFG, Guidance, guide_of
 from undiffuse.modal import Modal
 from undiffuse.sample import State, sample
 from undiffuse.schedule import Schedule
@@ -341,8 +341,7 @@ class Model:
         cond = self.cond(label, n)
         if cond is None:
             return CFG()(self.denoiser, None)
-        guide = guidance if callable(guidance) else CFG(float(guidance))
-        return guide(self.denoiser, cond.to(self.device))
+        return guide_of(guidance)(self.denoiser, cond.to(self.device))
 
     def save(self, folder: Path) -> None:
         """Write a model folder: complete, with hashes, or not at all."""

@@ -24,12 +24,11 @@ from undiffuse.modal import Modal
 from undiffuse.model import Model, run_folder
 from undiffuse.plans import TUNED, keep, kept_plan, made_for, own, plan_name
 from undiffuse.solvers import DPMpp2M
-from undiffuse.tableau import Tableau, trace
+from undiffuse.tableau import trace
 from undiffuse.train import commit
 from undiffuse.tune import STEPS, Errors, Report, Result, Scored, by_score, drawing, intervals, noisy, reference, ways
+from undiffuse.tune.auto import Plan
 from undiffuse.types import InputError
-
-Plan = Tableau | Modal
 
 SHOWN, REPORT = 10, "report.json"  # pictures a row; the file of figures
 

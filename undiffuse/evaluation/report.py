@@ -82,9 +82,7 @@ def writable(folder: Path, what: str = "an evaluation", mark: str = FILE) -> Non
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file: {what} needs the name of a folder")
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not os.access(there, os.W_OK):
-        raise InputError(f"{folder} cannot be written: there is no permission to write to {there}")
+    permitted(folder)
     if folder.is_dir() and any(folder.iterdir()):
         try:
             known = {MANIFEST, *json.loads((folder / MANIFEST).read_text())}
@@ -95,6 +93,14 @@ def writable(folder: Path, what: str = "an evaluation", mark: str = FILE) -> Non
             raise InputError(
                 f"{folder} holds other files than {what} has, such as {', '.join(others[:3])}: give another folder"
             )
+
+
+def permitted(path: Path) -> Path:
+    """The nearest part of a path that is there; InputError where it may not be written to."""
+    there = next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
+    if not os.access(there, os.W_OK):
+        raise InputError(f"{path} cannot be written: there is no permission to write to {there}")
+    return there
 
 
 def _pictures(found: Evaluation, folder: Path) -> dict[str, Path]:

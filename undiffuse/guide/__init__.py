@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from undiffuse.guide.cfg import CFG
 from undiffuse.guide.composed import Composed
-from undiffuse.types import Denoise, Model
+from undiffuse.types import Denoise, InputError, Model
 
 
 class Guidance(Protocol):
@@ -20,11 +20,16 @@ GUIDES: dict[str, Callable[..., Guidance]] = {"cfg": CFG, "composed": Composed}
 
 
 def guide_of(guidance: Guidance | float | Mapping[str, float]) -> Guidance:
-    """A weight as `CFG`, weights by the names of conditions as `Composed` in their order, a guidance as it is."""
+    """A weight as `CFG`, weights by the names of conditions as `Composed` in their order, a guidance as it is.
+
+    InputError for anything else.
+    """
     if isinstance(guidance, int | float):
         return CFG(float(guidance))
     if isinstance(guidance, Mapping):
         return Composed(tuple(guidance), tuple(float(w) for w in guidance.values()))
+    if not callable(guidance):
+        raise InputError(f"guidance is a weight, weights by name or a guidance such as CFG(2.0), got {guidance!r}")
     return guidance
 
 

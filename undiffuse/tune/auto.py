@@ -12,7 +12,7 @@ from torch import Tensor
 
 from undiffuse.denoise import Counter
 from undiffuse.grid import Grid, Karras, Levels, Quadratic, UniformLam, UniformT, check_levels
-from undiffuse.guide import CFG, Guidance
+from undiffuse.guide import Guidance, guide_of
 from undiffuse.modal import Modal, SpectralGrid, spectral
 from undiffuse.sample import Noise
 from undiffuse.schedule import Schedule
@@ -67,13 +67,6 @@ LEAST = 40
 TIE = 0.02  # errors this near to the least are equal, and the simpler plan is taken
 STRONG = 5.0  # guidance from which extrapolation runs away with few evaluations
 UNKNOWN = Spectrum(torch.zeros(9), 10.0 ** -torch.arange(0, 4.5, 0.5, dtype=torch.float64))  # data of all scales
-
-
-def as_guidance(guidance: Guidance | float) -> Guidance:
-    """A guidance, a number being the weight of CFG; InputError for anything else."""
-    if not isinstance(guidance, int | float) and not callable(guidance):
-        raise InputError(f"guidance is a weight or a guidance such as CFG(2.0), got {guidance!r}")
-    return CFG(float(guidance)) if isinstance(guidance, int | float) else guidance
 
 
 class Trial(NamedTuple):
@@ -139,7 +132,7 @@ def auto(
     >>> auto(Gaussian(data), (2,), VP(), 5, spectrum=data, noises=0).plan.name
     'spectral-3c on spectral'
     """
-    guide = as_guidance(guidance)
+    guide = guide_of(guidance)
     _check(shape, nfe, spectrum, noises, cond, batch)
     if not noises:
         return Choice(_made(*rule(nfe, spectrum, getattr(guide, "w", 1.0)), schedule, nfe, spectrum))

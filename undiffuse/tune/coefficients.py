@@ -146,6 +146,12 @@ class _TimeOut(Exception):
     pass
 
 
+def check_effort(seconds: float, iterations: int) -> None:
+    """InputError unless both are numbers above 0."""
+    if not (isinstance(seconds, int | float) and seconds > 0 and iterations > 0):
+        raise InputError(f"tuning needs seconds > 0 and iterations > 0, got {seconds} and {iterations}")
+
+
 def tune_coefficients(
     family: Family,
     ends: Ends,
@@ -165,8 +171,7 @@ def tune_coefficients(
     `iterations` evaluations of the loss or where it no longer falls, with the best found. Raises InputError for
     seconds or iterations <= 0 and impossible grids.
     """
-    if not (seconds > 0 and iterations > 0):
-        raise InputError(f"tuning needs seconds > 0 and iterations > 0, got {seconds} and {iterations}")
+    check_effort(seconds, iterations)
     spacing, n, begun = Spacing.around(schedule, start), len(start) - 1, time.monotonic()
     tables = 1 if shared else len(family.variances)
     change = torch.zeros(tables, n, n, dtype=torch.float64) if corrections is None else corrections.expand(tables, n, n)

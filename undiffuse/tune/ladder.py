@@ -11,19 +11,18 @@ import torch
 from torch import Tensor
 
 from undiffuse.grid import Levels
-from undiffuse.modal import Modal, SpectralGrid, spectral
+from undiffuse.modal import SpectralGrid, spectral
 from undiffuse.schedule import Schedule
 from undiffuse.solvers import DPMpp2M, Spectral
 from undiffuse.spectrum import Spectrum
-from undiffuse.tableau import Tableau
+from undiffuse.tune.auto import Plan
 from undiffuse.tune.auto import reference as accurate
-from undiffuse.tune.coefficients import Bind, Ends, Errors, Run, Tuned, tune_coefficients
+from undiffuse.tune.coefficients import Bind, Ends, Errors, Run, Tuned, check_effort, tune_coefficients
 from undiffuse.tune.family import Family, Spacing, levels_of
 from undiffuse.tune.gaussian import tune_gaussian
 from undiffuse.tune.trajectory import Paths, jump_costs, shortest
 from undiffuse.types import InputError
 
-Plan = Tableau | Modal
 VARIANCE = 0.02  # by which the variance kept may be off where that of the plan to beat is nearer
 PATHS, STEPS = 16, 60  # of the teacher of the grid
 PROBE = 0.15  # of the evaluations of the loss, for each kind of family, before the better one has the rest
@@ -210,8 +209,7 @@ def ladder(
             f"the ladder needs budgets of 1 to {STEPS} evaluations and at least 2 noises to tune on, 2 to hold out and "
             f"2 fresh ones, got {tuple(nfe)}, {tuning}, {held_out} and {fresh}"
         )
-    if not (isinstance(seconds, int | float) and seconds > 0 and iterations > 0):
-        raise InputError(f"tuning needs seconds > 0 and iterations > 0, got {seconds} and {iterations}")
+    check_effort(seconds, iterations)
     begun, grid = time.monotonic(), SpectralGrid(spectrum)
     tried = families(spectrum) if tried is None else tried
     first = first or (lambda n: spectral(spectrum, grid(schedule, n)))

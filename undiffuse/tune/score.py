@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from undiffuse.grid import Grid
-from undiffuse.guide import CFG, Guidance
+from undiffuse.guide import CFG, Guidance, guide_of
 from undiffuse.sample import Noise
 from undiffuse.schedule import Schedule
 from undiffuse.seeds import seed_of
 from undiffuse.solvers import DDIM, Adams, SASolver, Solver
 from undiffuse.spectrum import Spectrum
 from undiffuse.tableau import trace
-from undiffuse.tune.auto import GRIDS, UNKNOWN, Plan, as_guidance
+from undiffuse.tune.auto import GRIDS, UNKNOWN, Plan
 from undiffuse.tune.gaussian import mismatch
 from undiffuse.types import InputError, Model
 
@@ -48,7 +48,7 @@ class Candidate(NamedTuple):
     @property
     def rows(self) -> int:
         """Network rows of a sample: an evaluation that is guided, w being neither 0 nor 1, has two."""
-        guide = as_guidance(self.guidance)
+        guide = guide_of(self.guidance)
         if not isinstance(guide, CFG):
             raise InputError(f"the rows of guidance {guide} are not known: take a weight or CFG")
         return sum(1 if guide.weight_at(level) in (0, 1) else 2 for level in self.plan.levels)
@@ -202,7 +202,7 @@ def drawing(
 
     @torch.no_grad()
     def draw(candidate: Candidate, indices: range) -> Tensor:
-        out, guide = [], as_guidance(candidate.guidance)
+        out, guide = [], guide_of(candidate.guidance)
         for start in range(0, len(indices), batch or len(indices)):
             part = indices[start : start + (batch or len(indices))]
             noise = Noise((len(part), *shape), seed_of(seed, 4), part, dtype, device)
