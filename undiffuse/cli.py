@@ -233,6 +233,21 @@ def sample(
         str | None,
         typer.Option("--label", "--class", help="a class: its name or number; several with commas; `each`: all"),
     ] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--text", help='a prompt, such as "a (red:1.3) car --no wheels"; again: in turn')
+    ] = None,
+    image: Annotated[list[str] | None, typer.Option(help="a picture's file; again: in turn")] = None,
+    depth: Annotated[list[str] | None, typer.Option(help="a depth map: a picture, or a .npy; again: in turn")] = None,
+    segmentation: Annotated[
+        list[str] | None, typer.Option(help="a mask of class numbers: a picture, or a .npy; again: in turn")
+    ] = None,
+    audio: Annotated[list[str] | None, typer.Option(help="a sound's file, such as a .wav; again: in turn")] = None,
+    given: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for a condition of any other name; again: in turn")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="guidance weights of several conditions, such as depth=1.5,text=4")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="a .png (images) or .npy file, or a folder for shards; default RUN/samples/")
     ] = None,
@@ -253,12 +268,17 @@ def sample(
 ) -> None:
     """Sample from a finished run, e.g. `undiffuse sample runs/digits --label each solver=ddim sample.steps=10`, or from
     a model that comes along: `undiffuse sample fashion --class sneaker -n 16`. With --nfe nothing else is to be chosen.
+    A run with conditions by name: `undiffuse sample RUN --text "a red car" --depth map.png --weights depth=1.5,text=4`.
 
     Into a folder, as shards: `undiffuse sample runs/digits -n 50000 --label each --out shards/`. The same command goes
     on where it was stopped; torchrun, accelerate or --ray spread it, and the files are the same however it is done.
     """
     model = Model.load(run, ema)
     layer = parse_overrides(overrides or [])
+    named = {"text": prompts, "image": image, "depth": depth, "segmentation": segmentation, "audio": audio}
+    words = _words(named, given)
+    if weights is not None:
+        layer["guidance"] = {**_composed(weights), **layer.get("guidance", {})}
     n = _number(number, layer)
     if n is not None and isinstance(layer.setdefault("sample", {}), dict):
         layer["sample"]["n"] = n
@@ -268,7 +288,7 @@ def sample(
     if dry_run:
         return _dry(config, as_json)
     if out is not None and (out.is_dir() or not out.suffix):
-        labelled = bool(model.cycle(label))
+        labelled = bool(words or label is not None)
         if nfe is not None and kept_plan(model, run, config, nfe, labelled) is None and not own(run_folder(run)):
             raise InputError(
                 f"shards need a plan in a file, and {run} has none of {nfe} evaluations: make it with "
@@ -286,6 +306,7 @@ def sample(
             device=device,
             threads=threads,
             table=None if kept is None else kept.path,
+            words=words,
         )
         return _shards(job, model, "ray" if ray else "local", workers, as_json)
     if ray or workers is not None or (shard, form, device, threads) != (1000, "safetensors", "auto", 1):
@@ -294,17 +315,20 @@ def sample(
         )
     use = config.section("sample")
     cycle = model.cycle(label)
-    labels = torch.tensor(cycle)[torch.arange(use.n) % len(cycle)] if cycle else None
-    words = "any" if label is None else re.sub(r"[^\w-]+", "_", label)
-    kept = _planned(nfe, plan, model, run, config, bool(cycle), as_json)
-    name = f"seed{use.seed}-{words}-{_how(config, bool(cycle), nfe, plan)}" + ("" if ema is None else f"-ema{ema:g}")
-    out = out or _own_folder(run, "samples") / f"{name}.png"
+    words |= {"label": [str(k) for k in cycle]} if cycle else {}
+    told = model.words(words, range(use.n))
+    guide = CFG() if told is None else config.build("guidance")
+    if told is not None:
+        guide(model.denoiser, told)  # says what is wrong with names and weights
+    kept = _planned(nfe, plan, model, run, config, bool(words), as_json)
+    named_by = f"seed{use.seed}-{_slug(label, words)}-{_how(config, bool(words), nfe, plan)}"
+    out = out or _own_folder(run, "samples") / f"{named_by}{'' if ema is None else f'-ema{ema:g}'}.png"
     if len(model.shape) != 3 and out.suffix == ".png":
         out = out.with_suffix(".npy")
     if out.suffix not in (".png", ".npy"):
         raise InputError(f"samples are written as .png or .npy, or into a folder as shards; got {out.name}")
     _writable(out)
-    counter, guide = Counter(model.denoiser), CFG() if labels is None else config.build("guidance")
+    counter = Counter(model.denoiser)
 
     def guidance(denoise: Any, cond: Any) -> Any:
         counter.model = denoise  # inside the guidance: the rows that it asks for are counted
@@ -322,7 +346,7 @@ def sample(
             bars.move("sampling", len(done), total, f"{state.nfe} evaluations")
 
         x = model.using(config).sample(
-            label=labels, plan=None if kept is None else kept.plan, guidance=guidance, progress=on_state
+            given=told, plan=None if kept is None else kept.plan, guidance=guidance, progress=on_state
         )
     seconds = time.perf_counter() - started
     if not bool(torch.isfinite(x).all()):
@@ -331,7 +355,8 @@ def sample(
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
-        plot.save_png(model.shown(x), out, plot.columns_for(use.n, len(cycle)))
+        turn = max(map(len, words.values()), default=0)
+        plot.save_png(model.shown(x), out, plot.columns_for(use.n, turn))
     else:
         np.save(out, x.numpy())
     facts: dict[str, Any] = {
@@ -388,7 +413,7 @@ def tune(
         return _dry(config, as_json)
     if out is None and comes_along(run_folder(run)):
         out = _own_folder(run, "tuned")
-    labels = bool(model.classes) and not unconditional
+    labels = model.conditional and not unconditional
 
     def tell(text: str) -> None:
         notes.print(text, soft_wrap=True, markup=False)
@@ -416,6 +441,34 @@ def _planned(
         return None
     with Bars(quiet) as bars:
         return plan_for(model, run, config, nfe, labels, lambda i, n: bars.move("choosing a sampler", i, n))
+
+
+def _words(named: dict[str, list[str] | None], given: list[str] | None) -> dict[str, list[str]]:
+    """The values of conditions by name, from the options called like them and from --given NAME=VALUE."""
+    words = {name: list(each) for name, each in named.items() if each}
+    for word in given or []:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise InputError(f"--given {word!r}: expected NAME=VALUE, such as style=picture.png")
+        words.setdefault(name, []).append(value)
+    return words
+
+
+def _composed(weights: str) -> dict[str, Any]:
+    """The settings of guidance that NAME=WEIGHT words between commas mean."""
+    pairs = [word.partition("=") for word in weights.split(",")]
+    try:
+        each = {name.strip(): float(w) for name, _, w in pairs}
+    except ValueError as error:
+        raise InputError(f"--weights {weights!r}: expected NAME=WEIGHT, such as depth=1.5,text=4") from error
+    return {"kind": "composed", "names": list(each), "w": list(each.values())}
+
+
+def _slug(label: str | None, words: dict[str, list[str]]) -> str:
+    """What samples were given, in a file's name."""
+    parts = [] if label is None else [re.sub(r"[^\w-]+", "_", label)]
+    parts += [re.sub(r"[^\w-]+", "_", Path(each[0]).name)[:40] for name, each in words.items() if name != "label"]
+    return "-".join(parts) or "any"
 
 
 def _own_folder(run: str | Path, what: str) -> Path:
@@ -452,7 +505,10 @@ def _how(config: Config, guided: bool, nfe: int | None, plan: Path | None) -> st
 
 def _weight(config: Config, guided: bool) -> str:
     values = config.values["guidance"]
-    return f"-w{values['w']:g}" if guided and "w" in values else ""
+    if not guided or "w" not in values:
+        return ""
+    each = values["w"] if isinstance(values["w"], list) else [values["w"]]
+    return "-w" + "-".join(f"{w:g}" for w in each)
 
 
 def _no_more_than_a_plan(nfe: int | None, plan: Path | None, layer: dict[str, Any]) -> None:

@@ -16,6 +16,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import pydantic
 import tomli_w
 
+from undiffuse.cond import ENCODERS, Encoder, Encoders
+from undiffuse.cond.encoders import check_names
 from undiffuse.data import Prepare
 from undiffuse.grid import GRIDS
 from undiffuse.guide import GUIDES
@@ -151,6 +153,7 @@ class EvalConfig:
 
 DEFAULTS: dict[str, Any] = {
     "data": {"name": "digits"},
+    "cond": {},
     "held_out": 797,
     "seed": 0,
     "out": "runs/digits",
@@ -193,6 +196,10 @@ FROM_DATA = {
 }  # of networks: set by data or objective
 
 
+MEASURED = ("classes", "channels", "dims", "rate")  # settings of encoders that follow from the data unless stated
+_OF_ANY: dict[str, tuple[Any, Any]] = {"column": (str, ""), "alone": (float, 0.1)}  # settings of every condition
+
+
 def _simple(annotation: Any) -> bool:
     if get_origin(annotation) in (tuple, list, Sequence, Union, UnionType):
         return all(_simple(a) for a in get_args(annotation) if a is not Ellipsis)
@@ -211,22 +218,48 @@ def fields(kind: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     }
 
 
+def _conditions(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The conditions by name of one layer over those of the layers before; a string is short for the encoder's kind."""
+    out = {name: dict(settings) for name, settings in before.items()}
+    for name, settings in given.items():
+        settings = {"kind": settings} if isinstance(settings, str) else settings
+        if not isinstance(settings, Mapping):
+            raise InputError(f"cond.{name} needs an encoder, such as cond.text=bytes, got {settings!r}")
+        changed = "kind" in settings and settings["kind"] != out.get(name, {}).get("kind")
+        out[name] = {**({} if changed else out.get(name, {})), **settings}
+    return out
+
+
+def _condition(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of one condition, validated and complete but for what is measured."""
+    given = dict(given)
+    kind = given.pop("kind", None)
+    if kind not in ENCODERS:
+        was = f"cond.{name} has no kind" if kind is None else f"unknown encoder cond.{name}={kind!r}"
+        raise InputError(f"{was}: {_nearest(str(kind), list(ENCODERS), 'there are')}")
+    make = ENCODERS[kind]
+    known = {k: v for k, v in fields(make).items() if k in given or k not in MEASURED}
+    return {"kind": kind, **_check(f"cond.{name}", make, given, {**known, **_OF_ANY, "column": (str, name)})}
+
+
 def _nearest(word: str, words: Sequence[str], what: str) -> str:
     return did_you_mean(word, words) or f"{what}: {', '.join(sorted(words)) or 'none'}"
 
 
 def _elsewhere(where: str, key: str, kind: Callable[..., Any], known: Sequence[str]) -> str:
     """What to say of a setting that this kind of a family lacks."""
-    kinds = KINDS.get(where, {})
+    kinds = KINDS.get(where) or (ENCODERS if where.startswith("cond.") else {})
     if not (owners := [name for name, other in kinds.items() if key in fields(other)]):
         return _nearest(key, known, f"{where} takes")
     (own,) = [name for name, other in kinds.items() if other is kind]
     return f"it belongs to {where}={' or '.join(owners)}, and {where}={own} takes {', '.join(sorted(known)) or 'none'}"
 
 
-def _check(where: str, kind: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given settings of a kind, validated and complete."""
-    known = fields(kind)
+def _check(
+    where: str, kind: Callable[..., Any], given: Mapping[str, Any], known: Mapping[str, tuple[Any, Any]] | None = None
+) -> dict[str, Any]:
+    """The given settings of a kind, validated and complete; `known` are those that it takes, by default its own."""
+    known = fields(kind) if known is None else known
     for key in given:
         if key in FROM_DATA and kind in NETS.values() and key in inspect.signature(kind).parameters:
             raise InputError(f"{where}.{key} follows from the data and cannot be set")
@@ -272,6 +305,10 @@ class Config:
                     raise InputError(f"unknown key {key!r}: {_nearest(key, list(DEFAULTS), 'known keys')}")
                 if key in SHORT and isinstance(value, str):
                     value = {SHORT[key]: value}
+                if key == "cond" and isinstance(value, Mapping):
+                    values[key] = _conditions(values[key], value)
+                    stated |= {f"{key}.{name}" for name in value}
+                    continue
                 if isinstance(DEFAULTS[key], dict):
                     if not isinstance(value, Mapping):
                         raise InputError(f"{key} needs settings such as {key}.NAME=VALUE, got {value!r}")
@@ -292,6 +329,7 @@ class Config:
             values[family] = {"kind": kind, **_check(family, kinds[kind], given)}
         for section, make in SECTIONS.items():
             values[section] = _check(section, make, values[section])
+        values["cond"] = {name: _condition(name, given) for name, given in values["cond"].items()}
         if not values["out"].strip():
             raise InputError("out must name a run folder, got an empty string")
         if values["track"] not in TRACKERS:
@@ -307,6 +345,10 @@ class Config:
             config.build(family)
         for section in SECTIONS:
             config.section(section)
+        if values["cond"]:
+            check_names(values["cond"], {name: settings["alone"] for name, settings in values["cond"].items()})
+        for name in values["cond"]:
+            config.encoder(name, {"classes": 1})
         return config
 
     def measured(self, sigma_data: float, held_out: int, batch: int) -> Config:
@@ -326,6 +368,29 @@ class Config:
     def section(self, name: str) -> Any:
         """The object of a section, e.g. the `Plan` of "train" or the `SampleConfig` of "sample"."""
         return SECTIONS[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in self.values[name].items()})
+
+    def encoder(self, name: str, found: Mapping[str, Any]) -> Encoder:
+        """The encoder of a condition; `found` are its settings that follow from the data, which stated ones win over.
+
+        Raises InputError for settings that cannot be.
+        """
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in self.values["cond"][name].items()}
+        make: Any = ENCODERS[str(given.pop("kind"))]
+        takes = fields(make)
+        settings = {k: v for k, v in {**found, **given}.items() if k in takes}
+        try:
+            encoder: Encoder = make(**settings)
+        except InputError as error:
+            raise InputError(f"cond.{name}: {error}") from error
+        return encoder
+
+    def encoders(self, found: Mapping[str, Mapping[str, Any]]) -> Encoders | None:
+        """The encoders of all conditions by name, `found` being what follows from the data for each; None without."""
+        every = self.values["cond"]
+        if not every:
+            return None
+        made = {name: self.encoder(name, found.get(name, {})) for name in every}
+        return Encoders(made, {name: settings["alone"] for name, settings in every.items()})
 
     def toml(self) -> str:
         """As TOML, sufficient to rebuild."""
@@ -363,6 +428,8 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
         *parents, last = key.split(".")
         if not parents and last in SHORT:
             parents, last = [last], SHORT[last]
+        elif parents == ["cond"] and isinstance(value, str):
+            parents, last = ["cond", last], "kind"
         place = layer
         for parent in parents:
             place = place.setdefault(parent, {})

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from undiffuse.cond import Label
+from undiffuse.cond import Encoder
 from undiffuse.config import Config
 from undiffuse.data import Data
 from undiffuse.denoise import Denoiser
@@ -53,6 +53,7 @@ from undiffuse.watch import Left, Watch
 
 # what may differ when a run goes on
 NOT_TRAINING = {"out", "track", "engine", "eval", "solver", "grid", "guidance", "sample"}
+SHOWN = 64  # held-out conditions that are kept with a model
 HOW = {"data": {"path", "bad_share", "memory_mb", "cache", "cache_gb"}, "train": {"every"}}
 
 
@@ -115,7 +116,7 @@ def fit(
         return Fitted(replace(Model.load(out), config=config), data.train, data.held_out)
     if config.section("train").batch == "auto":
         probe = config.measured(_sigma(spectrum), len(data.held_out), 64)
-        batch = processes.share(lambda: largest_batch(probe, spectrum, data.classes, processes.device))
+        batch = processes.share(lambda: largest_batch(probe, data, spectrum, processes.device))
         config = config.measured(_sigma(spectrum), len(data.held_out), batch * processes.world)
     for note in data.notes if processes.main else ():
         warnings.warn(note, stacklevel=2)
@@ -161,12 +162,14 @@ def _built(config: Config, data: RunData, spectrum: Spectrum) -> tuple[Model, Ob
     plan, engine, augment = config.section("train"), config.section("engine"), config.build("augment")
     torch.manual_seed(config.values["seed"])
     try:
-        model = assemble(config, spectrum, data.classes)
+        model = assemble(config, spectrum, data.classes, data.conditions.fresh())
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         raise InputError(f"this network does not fit in memory: {config.values['net']}; make it smaller") from error
-    model = replace(model, names=tuple(data.source.classes), scale=data.prepare.statistics)
+    shown = data.held_out.cond
+    shown = None if shown is None else shown[: min(SHOWN, len(shown))]
+    model = replace(model, names=tuple(data.source.classes), scale=data.prepare.statistics, shown_with=shown)
     objective = objective_of(config, spectrum.std)
     objective.check(model.denoiser)
     if engine.sharding == "fsdp":
@@ -177,11 +180,22 @@ def _built(config: Config, data: RunData, spectrum: Spectrum) -> tuple[Model, Ob
             "data.flip=true mirrors every second picture without telling the network, so that samples show it, which "
             f"augment={config.values['augment']['kind']} is there to prevent: leave one of them out"
         )
+    if config.values["augment"]["kind"] != "none" and (
+        maps := [name for name, e in _encoders(model).items() if e.spatial]
+    ):
+        raise InputError(
+            f"augment={config.values['augment']['kind']} moves pictures and not the maps that belong to them "
+            f"({', '.join(maps)}): leave it out, or take data.flip=true, which mirrors both"
+        )
     augment(data.train.x[:1], 0, torch.zeros(1, dtype=torch.long))
     find_tracker(config.values["track"])
     profiles = [config.build("ema")]
     profiles += [p for p in map(Power, TRACKED) if plan.snapshots and p not in profiles]
     return model, objective, EMA(model.denoiser, *profiles)
+
+
+def _encoders(model: Model) -> Mapping[str, Encoder]:
+    return {} if model.encoders is None else model.encoders.encoders
 
 
 def _spectrum(data: RunData, out: Path) -> Spectrum:
@@ -258,7 +272,7 @@ def _fit(
             if progress is not None:
                 progress(state, plan.steps)
     if sharded:
-        whole = assemble(config, spectrum, data.classes).denoiser
+        whole = assemble(config, spectrum, data.classes, data.conditions.fresh()).denoiser
         whole.load_state_dict(weights(average))
         averaged = replace(averaged, denoiser=whole.eval().requires_grad_(False))
     processes.together(lambda: averaged.save(out / "model"))
@@ -276,17 +290,17 @@ def objective_of(config: Config, std: float) -> Objective:
     return Objective(config.build("schedule"), sigma_data=std, **{name: config.build(name) for name in names})
 
 
-def largest_batch(config: Config, spectrum: Spectrum, classes: int, device: torch.device, most: int = 4096) -> int:
+def largest_batch(config: Config, data: RunData, spectrum: Spectrum, device: torch.device, most: int = 4096) -> int:
     """The batch, a power of two from 16 on, after which doubling brings under 10 % more samples a second, or memory
     runs out: measured by some steps of the configured network on noise."""
-    model = assemble(config, spectrum, classes).denoiser.to(device)
+    model = assemble(config, spectrum, data.classes, data.conditions.fresh()).denoiser.to(device)
+    told = data.conditions.told(data.train)
     objective = objective_of(config, spectrum.std)
     best, speed, precision = 16, 0.0, config.section("train").precision
     for b in (2**k for k in range(4, most.bit_length())):
         gradient = Gradient(model, objective, precision, Engine(micro=b), Processes(device=device), 0)
-        x, cond = torch.randn(2, b, *spectrum.shape, device=device), None
-        if classes:
-            cond = Label(classes)(torch.zeros(b, dtype=torch.long)).to(device)
+        x = torch.randn(2, b, *spectrum.shape, device=device)
+        cond = None if told is None else told[torch.arange(b) % len(told)].to(device)
         times = []
         try:
             for step in range(1, 5):

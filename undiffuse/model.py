@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from undiffuse.cond import Cond, Conditioned, Encoders, Given, Label, prompt
+from undiffuse.conditions import value_of
 from undiffuse.config import Config
-from undiffuse.data import Statistics
+from undiffuse.data import Data, Statistics
 from undiffuse.denoise import Denoiser
 from undiffuse.grid import Grid
 from undiffuse.guide import CFG, Guidance, guide_of
@@ -89,7 +90,8 @@ class Model:
     """A denoiser (averaged weights, eval mode), the schedule it was trained on, its number of classes (0: none), the
     data's spectrum, its configuration, the classes' `names`, and the channels' `scale` where data were normalised.
     `decode`, of a model of latents, makes samples of the data's kind from them; `ema` is the length of the average,
-    where one was rebuilt."""
+    where one was rebuilt. `shown_with` are held-out conditions of a model that has them by name: those that samplers
+    are chosen and tuned for."""
 
     denoiser: Denoiser
     schedule: Schedule
@@ -100,6 +102,7 @@ class Model:
     scale: Statistics | None = None
     decode: Callable[[Tensor], Tensor] | None = None
     ema: float | None = None
+    shown_with: Given | None = None
 
     def __repr__(self) -> str:
         return f"Model({self.parameters:,} parameters, shape {self.shape}, {self.classes} classes)"
@@ -146,10 +149,66 @@ class Model:
             each = list(value) if isinstance(value, list | tuple) else [value] * n
             if len(each) != n:
                 raise InputError(f"{len(each)} values of {name} for {n} samples: give a list of {n}, or one value")
-            read = self.number if isinstance(self.encoders.encoders.get(name), Label) else prompt
+            numbers = isinstance(self.encoders.encoders.get(name), Label) and self.classes
+            read = self.number if numbers else prompt
             every[name] = [read(v) if isinstance(v, str) else v for v in each]
         given: Given = self.encoders(**every)
         return given
+
+    @property
+    def conditional(self) -> bool:
+        """Whether samples can be given conditions."""
+        return bool(self.classes) or self.encoders is not None
+
+    def told(self, data: Data) -> Cond | Given | None:
+        """The conditions that belong to samples: `Data.cond`, or their labels of a model with classes.
+
+        InputError where this model has conditions by name, and the data were read without.
+        """
+        if self.encoders is None:
+            return None if data.labels is None or not self.classes else self.cond(data.labels, len(data))
+        if data.cond is None:
+            raise InputError(f"{data.name} was read without the conditions {', '.join(self.encoders.encoders)}")
+        return data.cond  # type: ignore[no-any-return]
+
+    def examples(self, indices: Sequence[int]) -> Cond | Given:
+        """Conditions of samples with these numbers: all classes in turn, or the held-out conditions that are kept with
+        the model. InputError for a model without any."""
+        if self.encoders is None:
+            self._needs_classes()
+            return self.cond([k % self.classes for k in indices], len(indices))  # type: ignore[return-value]
+        if self.shown_with is None:
+            raise InputError("no held-out conditions are kept with this model: a trained run's folder has them")
+        rows = [k % len(self.shown_with) for k in indices]
+        return self.shown_with[torch.tensor(rows, dtype=torch.long)]
+
+    def words(self, words: Mapping[str, Sequence[str]], numbers: range) -> Given | Cond | None:
+        """The conditions of samples in words, by name: sample k of `numbers` has the value k modulo their number. Texts
+        are prompts, labels classes, maps and sounds files (see `undiffuse.conditions.value_of`); None without words.
+
+        InputError for conditions that this model does not have, and for values that cannot be read.
+        """
+        words = {name: list(each) for name, each in words.items() if each}
+        if not words:
+            return None
+        if self.encoders is None:
+            if set(words) == {"label"}:
+                cycle = self.cycle(",".join(words["label"]))
+                return self.cond([cycle[k % len(cycle)] for k in numbers], len(numbers))
+            others = ", ".join(name for name in words if name != "label")
+            raise InputError(f"{others} was given, and this model knows {'classes only' if self.classes else 'none'}")
+        known = self.encoders.encoders
+        for name in words:
+            if name not in known:
+                hint = did_you_mean(name, list(known))
+                raise InputError(f"this model has no condition {name!r}: " + f"{hint} it has {', '.join(known)}".lstrip())
+        values = {}
+        for name, each in words.items():
+            if name == "label" and self.classes:
+                each = [str(k) for k in self.cycle(",".join(each))]
+            read = [value_of(name, known[name], word, self.number) for word in each]
+            values[name] = [read[k % len(read)] for k in numbers]
+        return self.given(len(numbers), values)
 
     def number(self, name: str) -> int:
         """The label of a class by its name, in small letters or capitals, or number; InputError names the classes."""
@@ -221,7 +280,7 @@ class Model:
         grid: Grid | None = None,
         plan: Plan | None = None,
         guidance: Guidance | float | Mapping[str, float] | None = None,
-        given: Mapping[str, Any] | None = None,
+        given: Mapping[str, Any] | Given | Cond | None = None,
         schedule: Schedule | None = None,
         seed: int | None = None,
         first: int = 0,
@@ -232,15 +291,18 @@ class Model:
         """n samples (n, *shape) in the data's range; what is not given comes from the configuration.
 
         `label` conditions (None: unconditional, guidance off), or conditions by name as `given` reads them: `given=
-        {"text": "a (red:1.3) car --no wheels", "depth": depth}, guidance={"depth": 1.5, "text": 4}`. `plan` takes the
-        place of schedule, steps, solver and grid; see `undiffuse.sample` for the rest.
+        {"text": "a (red:1.3) car --no wheels", "depth": depth}, guidance={"depth": 1.5, "text": 4}`, or n rows of
+        conditions that were read before. `plan` takes the place of schedule, steps, solver and grid; see
+        `undiffuse.sample` for the rest.
         """
         use = self.config.section("sample")
         n = use.n if n is None else n
         if label is not None and given:
             raise InputError('give the label among the other conditions: given={"label": ...}')
-        given = {name: value for name, value in (given or {}).items() if value is not None}
-        cond = self.given(n, given) if given else self.cond(label, n)
+        if isinstance(given, Mapping):
+            given = {name: value for name, value in given.items() if value is not None}
+            given = self.given(n, given) if given else None
+        cond = self.cond(label, n) if given is None else given
         if isinstance(cond, Given) and self.encoders is not None:
             with torch.no_grad():
                 cond = self.encoders.ahead(cond.to(self.device), self.shape[1:])
@@ -279,12 +341,9 @@ class Model:
         """The sampler of `nfe` evaluations that suits this model best: `model.sample(plan=model.auto(6).plan)`.
 
         Without `guidance` it is chosen for unconditional samples, with it (a weight, 1 being conditional and unguided,
-        or a guidance) for labels of all classes in turn. See `undiffuse.auto` for how, what it costs, and `noises`.
+        or a guidance) for `examples`. See `undiffuse.auto` for how, what it costs, and `noises`.
         """
-        cond = None
-        if guidance is not None:
-            self._needs_classes()
-            cond = self.cond([k % self.classes for k in range(noises)], noises) if noises else None
+        cond = None if guidance is None or not noises else self.examples(range(noises))
         return auto(
             self.denoiser,
             self.shape,
@@ -316,11 +375,12 @@ class Model:
         See `undiffuse.tune.ladder`. Raises InputError for bad budgets.
         """
         if guidance is not None:
-            self._needs_classes()
+            self.examples(())
 
         def bind(indices: Sequence[int]) -> Denoise:
-            labels = None if guidance is None else [k % self.classes for k in indices]
-            return self.bind(labels, len(indices), 1.0 if guidance is None else guidance)
+            if guidance is None:
+                return CFG()(self.denoiser, None)
+            return guide_of(guidance)(self.denoiser, self.examples(indices).to(self.device))
 
         return ladder(
             bind,
@@ -355,6 +415,8 @@ class Model:
             kind = "-".join(str(value) for value in self.config.values["ema"].values())
             save_file(weights(self.denoiser), aside / f"ema-{kind}.safetensors")
             self.spectrum.save(aside / "spectrum.safetensors")
+            if self.shown_with is not None:
+                save_file(self.shown_with.tensors(), aside / "conditions.safetensors")
 
         commit(folder, write)
 
@@ -381,6 +443,9 @@ class Model:
             encoders = Encoders.of(about["conditions"]) if "conditions" in about else None
             model = assemble(config, spectrum, int(about["classes"]), encoders)
             model = replace(model, names=tuple(str(name) for name in about.get("names", ())), scale=scale)
+            if (folder / "conditions.safetensors").is_file() and encoders is not None:
+                kept = Given.of(load_file(folder / "conditions.safetensors"), encoders.alone)
+                model = replace(model, shown_with=kept)
             (average,) = folder.glob("ema-*.safetensors")
             load_weights(model.denoiser, average)
         except InputError:

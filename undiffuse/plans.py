@@ -39,8 +39,8 @@ def plan_name(model: Model, config: Config, nfe: int, labels: bool) -> str:
         other["schedule"] = config.values["schedule"]
     name, guidance = f"plan-{nfe}", config.build("guidance")
     if labels:
-        name += f"-w{guidance.w:.12g}" if hasattr(guidance, "w") else "-guided"
-        if guidance != CFG(getattr(guidance, "w", 1.0)):
+        name += f"-w{guidance.w:.12g}" if isinstance(guidance, CFG) else "-guided"
+        if not isinstance(guidance, CFG) or guidance != CFG(guidance.w):
             other["guidance"] = config.values["guidance"]
     return name + (f"-{digest(json.dumps(other, sort_keys=True))[:6]}" if other else "") + ".safetensors"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from undiffuse.cond import Label
+from undiffuse.conditions import Conditions, unread
 from undiffuse.config import Config, DataConfig
 from undiffuse.data import (
     Data,
@@ -43,7 +43,7 @@ class RunData:
     train: Data
     held_out: Data
     complete: bool
-    classes: int
+    conditions: Conditions
     fingerprint: str
     statistics: Statistics
     notes: tuple[str, ...]
@@ -59,18 +59,25 @@ class RunData:
         held_out = config.values["held_out"]
         if "held_out" not in config.given and use.name != "digits":  # the default suits the digits
             held_out = min(held_out, len(source.test) if source.test else max(2, len(source) // 5))
-        part, held = split(source, held_out, prepare=prepare)
+        conditions = Conditions.of(config, source, prepare, len(source.classes))
+        read = None if conditions.encoders is None else conditions
+        part, held = split(source, held_out, prepare=prepare, conditions=read)
         still = use.crop == "center" and not use.flip and not use.buckets
         size = 4 * math.prod(found.shape)
         fits = still and not part.counts and len(part) * size <= use.memory_mb << 20
         most = len(part) if fits else max(2, min(10_000, _REFERENCE // (2 * size)))
-        data = materialise(Subset(part, choice(part, most), part.name), prepare)
-        classes = max(len(source.classes), data.classes, held.classes)
+        data = materialise(Subset(part, choice(part, most), part.name), prepare, read)
+        if conditions.encoders is None:
+            conditions = replace(conditions, classes=max(len(source.classes), data.classes, held.classes))
         notes = list(found.warnings()) if use.normalize == "range" else []
-        if unread := [c for c in source.columns if c != "label"]:
-            notes.append(f"{source.name} also has {', '.join(unread)}: only labels condition the network, so far")
+        notes += unread(source, conditions)
         complete = fits and len(data) == len(part)
-        return RunData(part, prepare, data, held, complete, classes, fingerprint, found, tuple(notes))
+        return RunData(part, prepare, data, held, complete, conditions, fingerprint, found, tuple(notes))
+
+    @property
+    def classes(self) -> int:
+        """The number of classes that the network is told of; 0 for none."""
+        return self.conditions.classes
 
     def about(self, use: DataConfig) -> dict[str, Any]:
         """What a run folder keeps of the data, so that nothing is measured twice."""
@@ -88,25 +95,24 @@ class RunData:
     def feed(self, use: DataConfig, engine: Engine, seed: int, ledger: Path) -> InMemory | Encoded:
         """What training reads: tensors where all is in memory, else the source, with damaged samples in `ledger`."""
         if self.complete:
-            cond = None if self.train.labels is None else Label(self.classes)(self.train.labels)
-            return InMemory(self.train.x, cond, seed)
+            return InMemory(self.train.x, self.conditions.told(self.train), seed)
         order = order_for(self.source, self.prepare, seed, use.window, use.lanes)
         cache = use.memory_mb << 20
         feed = Feed(self.source, self.prepare, order, seed, engine.workers, use.bad_share, ledger, cache)
-        return Encoded(feed, self.classes)
+        return Encoded(feed, self.conditions)
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A feed whose labels are encoded as conditions."""
+    """A feed whose labels or columns are read as conditions."""
 
     feed: Feed
-    classes: int
+    conditions: Conditions
 
     def steps(self, first: int, last: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[Rows]:
         """See `undiffuse.train.Feed`."""
         for rows in self.feed.steps(first, last, batch, rank, world):
-            yield replace(rows, cond=None if rows.labels is None else Label(self.classes)(rows.labels))
+            yield replace(rows, cond=self.conditions(rows))
 
 
 def about_of(out: Path, fingerprint: str) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def decide(model: Model, run: Path, plan: Plan, labels: bool, batch: int = 64) -
     sampled = drawing(
         model.denoiser,
         model.shape,
-        (lambda indices: model.cond([k % model.classes for k in indices], len(indices))) if labels else None,
+        model.examples if labels else None,
         batch=batch,
         device=model.device,
     )
@@ -223,11 +223,11 @@ def _write(found: Tuned, model: Model, stocks: dict[int, Plan], guidance: Any, a
     body.append(plot.table_html(header, rows))
     if len(model.shape) == 3 and model.shape[0] in (1, 3):
         for n, result in results.items():
-            label = None if guidance is None else [k % model.classes for k in range(SHOWN)]
+            told = None if guidance is None else model.examples(range(SHOWN))
             shown = {"stock": stocks[n], before: result.first, "tuned": result.plan}
             shown["exact"] = reference(model.schedule, n, model.spectrum)
             drawn: dict[str, Tensor] = {
-                name: model.shown(model.sample(SHOWN, label, plan=plan, guidance=guidance))
+                name: model.shown(model.sample(SHOWN, given=told, plan=plan, guidance=guidance))
                 for name, plan in shown.items()
             }
             path = aside / f"samples-{n}.png"

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from undiffuse import plot
-from undiffuse.cond import Cond, Label
 from undiffuse.data import Data
 from undiffuse.evals import copy_ratio, distances
 from undiffuse.level import Level
@@ -27,13 +26,13 @@ PICTURES = 64
 def loss_by_level(model: Model, data: Data, lams: Tensor, seed: int = 0, batch: int = 256) -> list[dict[str, float]]:
     """x0 error on data at fixed levels and fixed noise (comparable between runs), beside the best linear denoiser's."""
     eps, device = Noise(data.x.shape, seed)(), model.device
-    cond = None if data.labels is None else Label(model.classes)(data.labels)
+    cond = model.told(data)
     rows = []
     for lam in lams.double():
         level, total = Level.at(lam, model.schedule.space), 0.0
         for i in range(0, len(data), batch):
             x0, part = data.x[i : i + batch], slice(i, i + batch)
-            c: Cond | None = None if cond is None else cond[part].to(device)
+            c = None if cond is None else cond[part].to(device)
             error = model.denoiser(level.diffuse(x0, eps[part]).to(device), level, c).cpu() - x0
             total += float(error.square().sum())
         linear = float(model.spectrum.linear_loss(level))
@@ -58,20 +57,16 @@ def _leaving(asked: Callable[[], int]) -> Callable[[State], None]:
 class Watch:
     """Measures a model on held-out data with fixed seeds: equal weights give equal numbers and an equal picture.
 
-    The error per level on at most 256 held-out samples; and for n samples at w = 1, of held-out labels: Frechet and
+    The error per level on at most 256 held-out samples; and for n samples at w = 1, of held-out conditions: Frechet and
     kernel distance to n held-out samples on the data's first 64 principal components, with the same between real
     training and held-out samples as the floor; and the nearest-neighbour ratio (see `copy_ratio`).
     """
 
     def __init__(self, model: Model, train: Data, held_out: Data, n: int) -> None:
         self.model, self.n = model, min(n, len(train), len(held_out))
-        self.train, self.held_out = (self._first(d, self.n) for d in (train, held_out))
-        self.levels = self._first(held_out, 256)
+        self.train, self.held_out = train.rows(slice(self.n)), held_out.rows(slice(self.n))
+        self.levels = held_out.rows(slice(256))
         self.floor = distances(self._features(self.train.x), self._features(self.held_out.x))
-
-    @staticmethod
-    def _first(data: Data, n: int) -> Data:
-        return Data(data.x[:n], None if data.labels is None else data.labels[:n], data.name)
 
     def _features(self, x: Tensor) -> Tensor:
         spectrum = self.model.spectrum
@@ -80,7 +75,8 @@ class Watch:
 
     def measure(self, asked: Callable[[], int] = lambda: 0) -> dict[str, Any]:
         """The row's numbers; raises Left when `asked()` gives a signal."""
-        x = self.model.sample(self.n, self.held_out.labels, guidance=1.0, seed=1, progress=_leaving(asked)).cpu()
+        told, leave = self.model.told(self.held_out), _leaving(asked)
+        x = self.model.sample(self.n, given=told, guidance=1.0, seed=1, progress=leave).cpu()
         x = x if self.model.scale is None else self.model.scale.apply(x)
         found = distances(self._features(x), self._features(self.held_out.x)) if bool(torch.isfinite(x).all()) else None
         return {
@@ -94,14 +90,19 @@ class Watch:
         }
 
     def picture(self, path: Path | None, asked: Callable[[], int] = lambda: 0) -> None:
-        """Write a grid of samples with the run's own settings, a class a column; nothing for data that are no images,
-        nor where `path` is None."""
+        """Write a grid of samples with the run's own settings, a class a column or of held-out conditions; nothing for
+        data that are no images, nor where `path` is None."""
         if len(self.model.shape) != 3:
             return
         classes = self.model.classes
         columns = plot.columns_for(PICTURES, classes)
         n = columns * (PICTURES // columns)
-        x = self.model.sample(n, torch.arange(n) % classes if classes else None, seed=2, progress=_leaving(asked))
+        told = self.model.told(self.levels)
+        if classes:
+            told = self.model.cond(torch.arange(n) % classes, n)
+        elif told is not None:
+            told = told[torch.arange(n) % len(told)]
+        x = self.model.sample(n, given=told, seed=2, progress=_leaving(asked))
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ class Job:
     """What decides the samples (`identity`), and where they come from and go to; plain data, so it can be sent.
 
     `labels` is the cycle of classes: sample k has labels[k % len(labels)]; empty, it is unconditional.
-    `plan`, a saved plan's file and its SHA-256, takes the place of schedule, solver and grid.
+    `plan`, a saved plan's file and its SHA-256, takes the place of schedule, solver and grid. `words` are conditions by
+    name of a model that has them, in turn, and `files` the SHA-256 of those that are files.
     """
 
     run: Path
@@ -39,6 +40,8 @@ class Job:
     device: str
     threads: int
     plan: tuple[Path, str] | None = None
+    words: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    files: tuple[tuple[str, str], ...] = ()
 
     @property
     def n(self) -> int:
@@ -60,6 +63,10 @@ class Job:
         settings["sample"] = {k: v for k, v in self.values["sample"].items() if k in decide}
         settings |= {} if self.plan is None else {"plan": self.plan[1]}
         settings |= {"label": labels, "guidance": self.values["guidance"]} if self.labels else {"label": None}
+        if self.words:
+            known = dict(self.files)
+            given = {name: [known.get(word, word) for word in each] for name, each in self.words}
+            settings |= {"given": given, "guidance": self.values["guidance"]}
         fixed = {"shard": self.shard, "format": self.format, "device": self.device, "threads": self.threads}
         ema = {} if self.ema is None else {"ema": self.ema}
         return {"model": self.model, **ema, **settings, **fixed}
@@ -97,9 +104,10 @@ def plan(
     device: str = "auto",
     threads: int = 1,
     table: Path | None = None,
+    words: Mapping[str, Sequence[str]] | None = None,
 ) -> Job:
-    """The job of these settings, or by the saved plan `table`, checked; nothing is written. Raises InputError for
-    settings that cannot be."""
+    """The job of these settings, or by the saved plan `table`, given `words` (see `Model.words`), checked; nothing is
+    written. Raises InputError for settings that cannot be."""
     config = configure(model, settings or {})
     values, use = config.values, config.section("sample")
     if table is None:
@@ -122,4 +130,23 @@ def plan(
     found = run_folder(run)
     where = found.resolve(), Path(out).resolve(), fingerprint(found), model.ema
     by = None if table is None else (table.resolve(), sha256(table))
-    return Job(*where, kept, model.cycle(label), model.classes, shard, format, device, threads, by)
+    if model.encoders is not None:
+        words = {**(words or {}), **({} if label is None else {"label": [label]})}
+        label = None
+    elif words:
+        model.words(words, range(1))  # says what this model can be given
+    given = {name: [str(Path(w).absolute()) if _file(w) else w for w in each] for name, each in (words or {}).items()}
+    model.words(given, range(max(map(len, given.values()), default=1)))
+    files = {word: sha256(Path(word)) for each in given.values() for word in each if _file(word)}
+    told = tuple((name, tuple(each)) for name, each in given.items())
+    cycle = model.cycle(label)
+    return Job(
+        *where, kept, cycle, model.classes, shard, format, device, threads, by, told, tuple(files.items())
+    )  # fmt: skip
+
+
+def _file(word: str) -> bool:
+    try:
+        return Path(word).is_file()
+    except (OSError, ValueError):  # a prompt may be too long for a name
+        return False

@@ -8,6 +8,7 @@ import itertools
 import tarfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -40,6 +41,9 @@ class Maker:
         self.job, self.model = job, model.using(config)
         if job.plan is not None and sha256(job.plan[0]) != job.plan[1]:
             raise InputError(f"{job.plan[0]} has changed since the job began: run the command again")
+        for file, known in job.files:
+            if sha256(Path(file)) != known:
+                raise InputError(f"{file} has changed since the job began: run the command again")
         self.plan = None if job.plan is None else read_plan(job.plan[0])
         grid, steps = config.build("grid"), config.section("sample").steps
         self.steps = self.plan.nfe if self.plan is not None else len(grid(self.model.schedule, steps)) - 1
@@ -55,7 +59,10 @@ class Maker:
                 count.at(index, 1)
             return False
         labels = torch.tensor([job.labels[k % len(job.labels)] for k in span]) if job.labels else None
-        x = self.model.sample(len(span), labels, plan=self.plan, first=span.start, progress=self._steps(index, count))
+        given = self.model.words(dict(job.words), span)
+        x = self.model.sample(
+            len(span), labels, given=given, plan=self.plan, first=span.start, progress=self._steps(index, count)
+        )
         x = x.cpu().contiguous()
         bad = ~torch.isfinite(x.flatten(1)).all(1)
         if bool(bad.any()):

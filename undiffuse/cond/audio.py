@@ -68,6 +68,7 @@ class Audio:
     depth: int = 2
     seconds: float = 10.0
     spatial = 0
+    reads = "audio"
 
     def __post_init__(self) -> None:
         least = {name: getattr(self, name) for name in ("rate", "mels", "window", "hop", "patch")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -19,7 +19,8 @@ from undiffuse.types import InputError
 class Encoder(Protocol):
     """Settings of one condition's encoder, a frozen dataclass of simple types.
 
-    `vector`, `tokens` and `spatial` are the widths that it gives to these parts of a `Cond`, 0 for none.
+    `vector`, `tokens` and `spatial` are the widths that it gives to these parts of a `Cond`, 0 for none; `reads` is the
+    kind of its values: label, text, picture, depth, segmentation or audio.
     """
 
     @property
@@ -28,12 +29,26 @@ class Encoder(Protocol):
     def tokens(self) -> int: ...
     @property
     def spatial(self) -> int: ...
+    @property
+    def reads(self) -> str: ...
     def read(self, values: Any) -> dict[str, Tensor]:
         """Values of b samples, checked, as tensors (b, ...) that training can keep; InputError for wrong ones."""
 
     def build(self) -> nn.Module:
         """The module with the encoder's parameters, trained with the network: (tensors that `read` gave, the sides of
         x) -> `Cond`."""
+
+
+def check_names(encoders: Collection[str], alone: Mapping[str, float]) -> None:
+    """InputError for names that conditions cannot have, and for probabilities that are none."""
+    if not encoders or any(not name.isidentifier() for name in encoders):
+        raise InputError(f"encoders need names such as text or depth, got {list(encoders)}")
+    if taken := [name for name in encoders if hasattr(nn.ModuleDict, name)]:
+        raise InputError(f"an encoder cannot be called {taken[0]!r}, which PyTorch's modules use: take another name")
+    if strange := [name for name in alone if name not in encoders]:
+        raise InputError(f"alone names {strange[0]!r}; there are encoders for {', '.join(encoders)}")
+    if wrong := [f"{name}={p}" for name, p in alone.items() if not 0 <= p <= 1]:
+        raise InputError(f"alone must be from 0 to 1, got {', '.join(wrong)}")
 
 
 class Encoders(nn.Module):
@@ -52,18 +67,9 @@ class Encoders(nn.Module):
 
     def __init__(self, encoders: Mapping[str, Encoder], alone: float | Mapping[str, float] = 0.1) -> None:
         super().__init__()
-        if not encoders or any(not name.isidentifier() for name in encoders):
-            raise InputError(f"encoders need names such as text or depth, got {list(encoders)}")
-        if taken := [name for name in encoders if hasattr(nn.ModuleDict, name)]:
-            raise InputError(
-                f"an encoder cannot be called {taken[0]!r}, which PyTorch's modules use: take another name"
-            )
-        self.encoders: dict[str, Encoder] = dict(encoders)
         each = dict.fromkeys(encoders, alone) if isinstance(alone, int | float) else dict(alone)
-        if strange := [name for name in each if name not in encoders]:
-            raise InputError(f"alone names {strange[0]!r}; there are encoders for {', '.join(encoders)}")
-        if wrong := [f"{name}={p}" for name, p in each.items() if not 0 <= p <= 1]:
-            raise InputError(f"alone must be from 0 to 1, got {', '.join(wrong)}")
+        check_names(encoders, each)
+        self.encoders: dict[str, Encoder] = dict(encoders)
         self.alone: dict[str, float] = each
         self.modules_by_name = nn.ModuleDict({name: e.build() for name, e in self.encoders.items()})
         widths = {name: e.tokens for name, e in self.encoders.items() if e.tokens}

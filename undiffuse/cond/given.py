@@ -111,6 +111,21 @@ class Given:
         draws = {name: uniform(seed_of(seed, *name.encode()), index) for name in self.alone.keys() & self.reads.keys()}
         return given._without({name: draw < self.alone[name] for name, draw in draws.items()})
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The conditions as plain tensors, to be kept in a file; `Given.of` makes the same of them."""
+        named = {f"{name}.{part}": v for name, read in self.reads.items() for part, v in read.tensors.items()}
+        named |= {f"{name}.there": read.there for name, read in self.reads.items()}
+        return {key: v.contiguous() for key, v in named.items()}
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor], alone: Mapping[str, float]) -> Given:
+        """The conditions that `tensors` gave."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, part = key.split(".")
+            parts.setdefault(name, {})[part] = value
+        return Given({name: Read(each, each.pop("there")) for name, each in parts.items()}, {}, alone)
+
     def flat(self) -> Tensor:
         """(b, any number) in float64: equal rows have equal conditions."""
         parts = [v for read in self.reads.values() for v in (read.there, *read.tensors.values())]

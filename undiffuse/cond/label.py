@@ -28,6 +28,7 @@ class Label:
 
     classes: int
     tokens = spatial = 0
+    reads = "label"
 
     @property
     def vector(self) -> int:

@@ -84,6 +84,7 @@ class Picture:
 
     channels: int = 3
     vector = tokens = 0
+    reads = "picture"
 
     def __post_init__(self) -> None:
         if self.channels < 1:
@@ -118,6 +119,7 @@ class Depth:
     dims: int = 2
     vector = tokens = 0
     spatial = 2
+    reads = "depth"
 
     def __post_init__(self) -> None:
         if not -torch.inf < self.near < self.far < torch.inf or (self.inverse and self.near <= 0):
@@ -157,6 +159,7 @@ class Layout:
     unknown: int = 255
     dims: int = 2
     vector = tokens = 0
+    reads = "segmentation"
 
     def __post_init__(self) -> None:
         if self.classes < 1 or 0 <= self.unknown < self.classes:
@@ -207,6 +210,7 @@ class Variation:
     depth: int = 2
     dims: int = 2
     spatial = 0
+    reads = "picture"
 
     def __post_init__(self) -> None:
         check_sizes("Variation", self.width, self.depth, channels=self.channels, size=self.size, patch=self.patch)

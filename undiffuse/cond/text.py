@@ -40,6 +40,7 @@ class Bytes:
     depth: int = 2
     length: int = 256
     spatial = 0
+    reads = "text"
 
     def __post_init__(self) -> None:
         check_sizes("Bytes", self.width, self.depth, length=self.length)
@@ -95,6 +96,7 @@ class Text:
     length: int = 77
     cache: str = ""
     spatial = 0
+    reads = "text"
 
     def __post_init__(self) -> None:
         if not self.name.strip() or self.length < 1:

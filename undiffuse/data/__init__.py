@@ -1,5 +1,6 @@
 """Data: sources of samples, their preparation, their order, and the batches of a run."""
 
+from undiffuse.data.audio import resampled
 from undiffuse.data.builtin import BUILT_IN
 from undiffuse.data.data import Data
 from undiffuse.data.feed import Batch, Feed, InMemory
@@ -10,11 +11,13 @@ from undiffuse.data.source import Arrays, Cached, Raw, Source, Subset, Unreadabl
 from undiffuse.data.split import materialise, split
 from undiffuse.data.statistics import Statistics, measure, settle
 from undiffuse.data.tensors import JOB, LEDGER
+from undiffuse.data.value import VALUES, read_audio, read_picture
 
 __all__ = [
     "BUILT_IN",
     "JOB",
     "LEDGER",
+    "VALUES",
     "Arrays",
     "Batch",
     "Bucketed",
@@ -39,6 +42,9 @@ __all__ = [
     "measure",
     "open_source",
     "order_for",
+    "read_audio",
+    "read_picture",
+    "resampled",
     "settle",
     "split",
 ]

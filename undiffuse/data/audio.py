@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import math
 import wave
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,16 @@ def decode_audio(stored: bytes | Path, where: str) -> tuple[np.ndarray, int]:
         raise
     except Exception as error:  # a damaged file may raise nearly anything
         raise Unreadable(where, str(error) or type(error).__name__) from error
+
+
+def resampled(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    """Samples (n,) float32 at `rate` Hz brought to another rate, without aliasing."""
+    if rate == wanted:
+        return wave
+    from scipy.signal import resample_poly
+
+    common = math.gcd(rate, wanted)
+    return np.asarray(resample_poly(wave, wanted // common, rate // common), np.float32)
 
 
 def _wave(data: bytes) -> tuple[np.ndarray, int]:

@@ -1,8 +1,9 @@
-"""`Data`: samples in memory, in [-1, 1], with optional labels."""
+"""`Data`: samples in memory, in [-1, 1], with optional labels and conditions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +14,17 @@ from undiffuse.types import InputError
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """x (n, channels, *size) in float32, images in [-1, 1]; labels (n,) or None; `classes` is their number.
+    """x (n, channels, *size) in float32, images in [-1, 1]; labels (n,) or None; `classes` is their number. `cond` has
+    n rows of what a network is told, a `Given` as encoders read it, or is None.
 
-    Raises InputError for fewer than 2 samples, fewer than 3 axes, NaN or infinite values, and labels that do not fit.
+    Raises InputError for fewer than 2 samples, fewer than 3 axes, NaN or infinite values, and labels or conditions that
+    do not fit.
     """
 
     x: Tensor
     labels: Tensor | None = None
     name: str = "data"
+    cond: Any = None
 
     def __post_init__(self) -> None:
         if self.x.ndim < 3 or self.x.shape[0] < 2 or 0 in self.x.shape:
@@ -43,6 +47,8 @@ class Data:
             if not whole or labels.shape != (len(x),) or int(labels.min()) < 0:
                 raise InputError(f"{self.name}: labels must be {len(x)} whole numbers >= 0")
             object.__setattr__(self, "labels", labels.long())
+        if self.cond is not None and len(self.cond) != len(x):
+            raise InputError(f"{self.name}: {len(self.cond)} conditions for {len(x)} samples")
 
     def __repr__(self) -> str:
         return f"Data({self.name}: {len(self)} samples of shape {tuple(self.x.shape[1:])}, {self.classes} classes)"
@@ -59,10 +65,14 @@ class Data:
         """(train, held out): a fixed random split with `held_out` samples in the second part."""
         check_held_out(self.name, held_out, len(self))
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(self)))
-        parts = order[held_out:], order[:held_out]
-        labels = (None, None) if self.labels is None else (self.labels[parts[0]], self.labels[parts[1]])
-        names = f"{self.name} (train)", f"{self.name} (held out)"
-        return Data(self.x[parts[0]], labels[0], names[0]), Data(self.x[parts[1]], labels[1], names[1])
+        parts = {f"{self.name} (train)": order[held_out:], f"{self.name} (held out)": order[:held_out]}
+        train, held = (replace(self.rows(index), name=name) for name, index in parts.items())
+        return train, held
+
+    def rows(self, index: slice | Tensor) -> Data:
+        """These samples, with what belongs to them."""
+        labels, cond = (None if v is None else v[index] for v in (self.labels, self.cond))
+        return Data(self.x[index], labels, self.name, cond)
 
 
 def check_held_out(name: str, held_out: int, n: int) -> None:

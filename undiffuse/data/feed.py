@@ -65,7 +65,7 @@ class _Reader(Dataset[Read]):
         try:
             draws = self.prepare.draws(key[1], self.seed)
             found = [self._one(i, d, bad) for i, d in zip(key[0].tolist(), draws, strict=True)]
-            return _stack(self.source.name, found, key[1]), bad
+            return stack(self.source.name, found, key[1]), bad
         except InputError as error:
             return str(error), bad
 
@@ -82,7 +82,8 @@ class _Reader(Dataset[Read]):
         )
 
 
-def _stack(name: str, found: list[tuple[int, Example]], index: Tensor) -> Batch:
+def stack(name: str, found: list[tuple[int, Example]], index: Tensor) -> Batch:
+    """Samples by their numbers as a batch; InputError where their shapes differ."""
     examples = [example for _, example in found]
     shapes = sorted({tuple(e.x.shape) for e in examples})
     if len(shapes) > 1:

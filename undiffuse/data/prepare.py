@@ -13,7 +13,7 @@ from PIL.Image import Resampling
 from torch import Tensor
 
 from undiffuse.data.audio import decode_audio
-from undiffuse.data.picture import cover, decode, header, peak, resized, to_float, with_channels
+from undiffuse.data.picture import SUFFIXES, cover, decode, header, peak, resized, to_float, with_channels
 from undiffuse.data.source import Raw, Source, Stored, Unreadable
 from undiffuse.data.statistics import Statistics
 from undiffuse.seeds import seed_of, uniform
@@ -27,7 +27,9 @@ class Example(NamedTuple):
     """One decoded sample: x (channels, *size) float32 in the model's range, its label, and its other columns.
 
     `depth` is (1, *size) float32, in [0, 1] where it was stored as whole numbers; `segmentation` (*size) whole numbers;
-    `audio` (n,) float32 in [-1, 1], with `rate` in Hz; `text` a string.
+    `audio` (n,) float32 in [-1, 1], with `rate` in Hz; `text` a string. A column of another name that is a picture's
+    file is (channels, ...) as stored: of the sample's own size, cropped and flipped with it, where the proportions are
+    the same, and else as it is.
     """
 
     x: Tensor
@@ -156,7 +158,7 @@ class Prepare:
 
     def _augmented(self, raw: Raw, draws: Draws) -> tuple[np.ndarray, dict[str, Any]]:
         x, columns = np.asarray(raw.x), dict(raw.columns)
-        spatial: dict[str, np.ndarray] = {"": x, **{k: columns[k] for k in ("depth", "segmentation") if k in columns}}
+        spatial: dict[str, np.ndarray] = {"": x, **{k: v for k, v in columns.items() if _along(k, v, x)}}
         if raw.target is not None:
             top, left = (
                 self._offset(n - m, draw) for n, m, draw in zip(x.shape[1:], raw.target, draws[:2], strict=True)
@@ -191,7 +193,27 @@ def _column(name: str, value: Any, x: np.ndarray, where: str) -> list[tuple[str,
         return [(name, samples), ("rate", rate)]
     if name == "audio" and isinstance(value, np.ndarray):
         return [(name, value.astype(np.float32))]
+    if isinstance(value, Path) and value.suffix.lower() in SUFFIXES:
+        return [(name, _picture(value, x, f"{where} ({name})"))]
     return [(name, value)]
+
+
+def _along(name: str, value: Any, x: np.ndarray) -> bool:
+    """Whether a column is cropped and flipped with the sample: maps, and pictures of its size."""
+    map_like = isinstance(value, np.ndarray) and value.ndim == x.ndim == 3 and value.shape[1:] == x.shape[1:]
+    return name in ("depth", "segmentation") or map_like
+
+
+def _picture(value: Path, x: np.ndarray, where: str) -> np.ndarray:
+    found = decode(value, where)
+    found = with_channels(found, 3 if len(found) == 4 else 0, where)
+    if x.ndim != 3 or not _proportional(found, x):
+        return found
+    return resized(found, x.shape[1:], Resampling.LANCZOS)
+
+
+def _proportional(found: np.ndarray, x: np.ndarray) -> bool:
+    return abs(math.log(found.shape[1] / found.shape[2] * x.shape[2] / x.shape[1])) <= 0.05
 
 
 def _map(value: Stored, x: np.ndarray, where: str, indices: bool = False) -> np.ndarray:
@@ -202,16 +224,21 @@ def _map(value: Stored, x: np.ndarray, where: str, indices: bool = False) -> np.
     found = found[None] if found.ndim == x.ndim - 1 else found
     if found.ndim != x.ndim or (x.ndim != 3 and found.shape[1:] != x.shape[1:]):
         raise Unreadable(where, f"shape {found.shape} does not fit a sample of shape {x.shape}")
-    if x.ndim == 3 and abs(math.log(found.shape[1] / found.shape[2] * x.shape[2] / x.shape[1])) > 0.05:
+    if x.ndim == 3 and not _proportional(found, x):
         raise Unreadable(where, f"{found.shape[2]} x {found.shape[1]} is another aspect ratio than the picture's")
     return found
 
 
 def _depth(value: Stored, x: np.ndarray, where: str) -> np.ndarray:
     found = _map(value, x, where := f"{where} (depth)")
-    found = with_channels(found, 1, where)
-    found = (found / peak(found.dtype)).astype(np.float32)
+    found = as_depth(found, where)
     return resized(found, x.shape[1:], Resampling.BILINEAR) if x.ndim == 3 else found
+
+
+def as_depth(found: np.ndarray, where: str) -> np.ndarray:
+    """Depth (1, *size) float32 of what was stored (c, *size): whole numbers are shares of their type's largest."""
+    found = with_channels(found, 1, where)
+    return np.asarray(found / peak(found.dtype), np.float32)
 
 
 def _segmentation(value: Stored, x: np.ndarray, where: str) -> np.ndarray:

@@ -120,7 +120,8 @@ def likelihoods(
 
 
 def _given(model: Model) -> str:
-    return " It is that of the network without guidance, given each sample's class." if model.classes else ""
+    what = "class" if model.classes else "conditions"
+    return f" It is that of the network without guidance, given each sample's {what}." if model.conditional else ""
 
 
 def _terms(found: Bound, shift: float) -> list[dict[str, float | None]]:
@@ -130,7 +131,7 @@ def _terms(found: Bound, shift: float) -> list[dict[str, float | None]]:
 
 
 def _first(data: Data, n: int) -> Data:
-    return Data(data.x[:n], None if data.labels is None else data.labels[:n], data.name)
+    return data.rows(slice(n))
 
 
 class _Parts:
@@ -145,16 +146,14 @@ class _Parts:
         """`compute` on all samples, joined by `cat`."""
         more |= self.settings if quantised else {}
         part = self.processes.part(len(data))
-        x, labels = data.x[part.start : part.stop], data.labels
+        x, told = data.x[part.start : part.stop], self.model.told(data)
         model, use = self.model, self.model.config.section("sample")
         denoiser = FixedRows(model.denoiser, use.rows) if use.rows else model.denoiser
 
         def work() -> Any:
             if not part:
                 return None
-            cond = None
-            if labels is not None and model.classes:
-                cond = model.cond(labels[part.start : part.stop], len(part))
+            cond = None if told is None else told[part.start : part.stop]
             return compute(
                 denoiser, x.to(model.device), cond=None if cond is None else cond.to(model.device),
                 seed=self.seed, first=part.start, batch=use.batch, **more,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from undiffuse.cond import Cond, Given
 from undiffuse.data.source import digest
 from undiffuse.denoise import Counter
 from undiffuse.evals.features import hash_of
@@ -24,10 +25,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """A model as its configuration samples it, or by `plan` in place of solver and grid; sample k has labels[k]."""
+    """A model as its configuration samples it, or by `plan` in place of solver and grid; sample k is given told[k]."""
 
     model: Model
-    labels: Tensor | None
+    told: Cond | Given | None
     seed: int
     processes: Processes
     plan: Tableau | Modal | None = None
@@ -44,8 +45,8 @@ class Sampler:
 
     @property
     def guidance(self) -> Guidance:
-        """The configured guidance; none without labels."""
-        return CFG() if self.labels is None else self.model.config.build("guidance")  # type: ignore[no-any-return]
+        """The configured guidance; none without conditions."""
+        return CFG() if self.told is None else self.model.config.build("guidance")  # type: ignore[no-any-return]
 
     @property
     def steps(self) -> int:
@@ -71,14 +72,15 @@ class Sampler:
         starts = range(part.start, part.stop, use.batch)
         for i, start in enumerate(starts):
             k = range(start, min(part.stop, start + use.batch))
-            labels = None if self.labels is None else self.labels[k.start : k.stop]
+            told = None if self.told is None else self.told[k.start : k.stop]
 
             def on_state(state: State, i: int = i) -> None:
                 progress(i * self.steps + state.i, len(starts) * self.steps)
 
             x = model.sample(
-                len(k), labels, plan=self.plan, guidance=self.guidance, seed=self.seed, first=k.start, progress=on_state
-            )
+                len(k), given=told, plan=self.plan, guidance=self.guidance, seed=self.seed, first=k.start,
+                progress=on_state,
+            )  # fmt: skip
             if self.plan is not None:
                 progress(i + 1, len(starts))
             out.append(x)
@@ -87,8 +89,8 @@ class Sampler:
     def cost(self) -> dict[str, Any]:
         """nfe (sequential evaluations) and network rows of one sample, counted on sample 0."""
         counter, model = Counter(self.model.denoiser), self.model
-        labels = None if self.labels is None else self.labels[:1]
-        cond, use, own = model.cond(labels, 1), model.config, self.plan is None
+        cond = None if self.told is None else self.told[:1]
+        use, own = model.config, self.plan is None
         sample(
             counter, (1, *model.shape), model.schedule, steps=self.steps, solver=use.build("solver") if own else None,
             grid=use.build("grid") if own else None, plan=self.plan, cond=cond, guidance=self.guidance, seed=self.seed,
@@ -114,12 +116,17 @@ class Sampler:
         return {
             **how,
             **self.cost(),
-            "guidance": values["guidance"] if self.labels is not None else "none",
-            "labels": f"those of the first {len(self.labels)} training samples" if self.labels is not None else "none",
+            "guidance": values["guidance"] if self.told is not None else "none",
+            **self._given(),
             "seed": self.seed,
             "rows of a network call": values["sample"]["rows"],
             "tuned on": list(self.plan.tuned_on) if self.plan is not None else [],
         }
+
+    def _given(self) -> dict[str, str]:
+        those = "none" if self.told is None else f"those of the first {len(self.told)} training samples"
+        named = {"conditions": ", ".join(self.told.reads)} if isinstance(self.told, Given) else {}
+        return {"labels" if not named else "values of conditions": those, **named}
 
 
 def _short(text: str) -> str:

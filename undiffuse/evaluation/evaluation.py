@@ -79,11 +79,11 @@ class Choices:
             fixed = "a plan has its own steps"
         elif getattr(sampler.model.config.build("solver"), "adaptive", False):
             fixed = "an adaptive solver chooses its steps by its tolerance"
-        guided = sampler.labels is not None and "w" in sampler.model.config.values["guidance"]
+        guided = sampler.told is not None and isinstance(sampler.model.config.values["guidance"].get("w"), float)
         if fixed and self.over_steps:
             raise InputError(f"no curve over steps: {fixed}")
         if not guided and self.over_w:
-            raise InputError("no curve over w: this model is not guided, as it has no classes")
+            raise InputError("no curve over w: this model is not guided by one weight, or has no conditions")
         steps = (5, 10, 20, 50) if self.over_steps is None and not fixed else self.over_steps or ()
         ws = (1.0, 1.5, 2.0, 3.0, 5.0) if self.over_w is None and guided else self.over_w or ()
         return {key: values for key, values in {"steps": steps, "w": ws}.items() if values}
@@ -137,7 +137,7 @@ def evaluate(
     """Score a model on samples of its configuration (or of `plan`) against `held_out`, real data that it has not seen;
     `train` is what it was trained on, or a part. Both as the model reads them (see `Model.scale`).
 
-    Of a model with classes, samples have the labels of the first n of `train`, as the real samples of the floor have:
+    Of a conditional model, samples have the conditions of the first n of `train`, as real samples of the floor have:
     both are independent of the held-out ones, which unbiased distances count on. `weights` says which weights these
     are, `run` where they come from. In several processes all call it and get the same. Raises InputError for data that
     do not fit, NonFinite for broken samples.
@@ -166,8 +166,10 @@ def evaluate(
         if part.classes > model.classes > 0:
             raise InputError(f"{part.name} has label {part.classes - 1}; this model knows {model.classes} classes")
     train, held_out = _mixed(train), _mixed(held_out)
-    labels = train.labels[:n] if model.classes and train.labels is not None else None
-    sampler = Sampler(model, labels, int(model.config.values["sample"]["seed"]), processes, plan)
+    first = train.rows(slice(n))
+    told = model.told(first)
+    labels = None if told is None else first.labels
+    sampler = Sampler(model, told, int(model.config.values["sample"]["seed"]), processes, plan)
     over, view = choices.over(sampler), View.of(train, model)
     scoring = _Scoring(view, view.data(held_out, n), view.data(train, len(train)), choices, processes, progress)
     x = sampler.draw(n, lambda i, k: progress(f"{n} samples", i, k))
@@ -175,7 +177,7 @@ def evaluate(
     k = min(64, len(held_out), len(train)) if density is None else density
     likelihood = likelihoods(model, train, held_out, k, choices.seed, processes, progress)
     warnings = (*found.warnings, *missing)
-    return replace(found, curves=_curves(sampler, over, scoring), likelihood=likelihood, warnings=warnings)
+    return replace(found, curves=_curves(sampler, over, scoring, labels), likelihood=likelihood, warnings=warnings)
 
 
 def evaluate_samples(
@@ -213,7 +215,7 @@ def evaluate_samples(
 def _mixed(data: Data) -> Data:
     """In a fixed random order: the first n of data that are sorted by class would be of one class."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    return Data(data.x.detach()[order], None if data.labels is None else data.labels[order], data.name)
+    return data.rows(order)
 
 
 def _count(shape: tuple[int, ...], train: Data, held_out: Data, choices: Choices) -> int:
@@ -346,12 +348,13 @@ class View:
 
     def data(self, data: Data, n: int) -> Data:
         """The first n samples of data as the model reads them."""
-        x, labels = data.x[:n], None if data.labels is None else data.labels[:n]
-        as_read = self.model is not None and self.model.decode is None
-        return Data(self(self.model.restore(x) if as_read else x), labels, data.name)  # type: ignore[union-attr]
+        part, as_read = data.rows(slice(n)), self.model is not None and self.model.decode is None
+        return replace(part, x=self(self.model.restore(part.x) if as_read else part.x))  # type: ignore[union-attr]
 
 
-def _curves(sampler: Sampler, over: dict[str, Sequence[float]], scoring: _Scoring) -> dict[str, list[dict[str, Any]]]:
+def _curves(
+    sampler: Sampler, over: dict[str, Sequence[float]], scoring: _Scoring, labels: Tensor | None
+) -> dict[str, list[dict[str, Any]]]:
     """The curves' metrics over numbers of steps and over w; a point repeats the seed of the scores."""
     choices, n, judge = scoring.choices, len(scoring.held), scoring.judge
     todo = [(key, value) for key, values in over.items() for value in values]
@@ -361,8 +364,8 @@ def _curves(sampler: Sampler, over: dict[str, Sequence[float]], scoring: _Scorin
         at = sampler.at(steps=int(value)) if key == "steps" else sampler.at(w=value)
         x = scoring.view(at.draw(n))
         found = scoring.reals[0].score(x, choices.seed, CURVES)
-        if judge is not None and at.labels is not None:
-            found["adherence"] = adherence(judge, x, at.labels)
+        if judge is not None and labels is not None:
+            found["adherence"] = adherence(judge, x, labels)
         row = {name: {**s.found._asdict(), "floor": s.floor._asdict()} for name, s in found.items()}
         curves[key].append({key: value, **row})
     if todo:

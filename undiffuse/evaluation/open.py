@@ -42,7 +42,8 @@ def _enough(data: RunData, n: int) -> Data:
     n = min(n, len(data.source))
     if len(data.train) >= n:
         return data.train
-    return materialise(Subset(data.source, choice(data.source, n), data.source.name), data.prepare)
+    read = None if data.conditions.encoders is None else data.conditions
+    return materialise(Subset(data.source, choice(data.source, n), data.source.name), data.prepare, read)
 
 
 def data_of_samples(target: str, layer: Mapping[str, Any], n: int) -> tuple[Data, Data, Data]:

@@ -1,0 +1,160 @@
+"""`Conditions`: what a run's network is told of each sample, read from the columns of its data; and from words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from undiffuse.cond import Cond, Encoders, Given, Label, prompt
+from undiffuse.cond.encoders import Encoder
+from undiffuse.config import Config
+from undiffuse.data import VALUES, Batch, Data, Prepare, Source, read_audio, read_picture, resampled
+from undiffuse.data.source import Unreadable, choice
+from undiffuse.types import InputError, did_you_mean
+
+SELF = "x"  # the column that is the sample itself, such as for pictures of low resolution
+USUAL = {"text": "bytes", "depth": "depth", "segmentation": "layout", "audio": "audio", "label": "label"}
+_LOOKED_AT = 1000  # samples from which settings of encoders are measured
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """How batches of data become conditions: labels 0 ... classes - 1 as `Label` encodes them, or, with `encoders` by
+    name, the `columns` of the data that these read. `prepare` is how the data are."""
+
+    classes: int
+    encoders: Encoders | None
+    columns: Mapping[str, str]
+    prepare: Prepare
+
+    @staticmethod
+    def of(config: Config, source: Source, prepare: Prepare, classes: int) -> Conditions:
+        """The configured conditions, what follows from the data being measured on at most 1,000 samples.
+
+        Raises InputError for a column that the data do not have, and for values that do not fit.
+        """
+        every = {name: settings["column"] for name, settings in config.values["cond"].items()}
+        if not every:
+            return Conditions(classes, None, {}, prepare)
+        there = [SELF, *(c for c in source.columns if c != "rate")]
+        there += ["label"] if source.classes and "label" not in there else []
+        for name, column in every.items():
+            if column not in there:
+                hint = did_you_mean(column, there)
+                todo = f"{hint} {source.name} has the columns {', '.join(there)}: set cond.{name}.column"
+                raise InputError(f"cond.{name}: no column is called {column!r}: {todo}")
+        found = _measured(source, prepare, set(every.values()), classes)
+        encoders = config.encoders({name: found[column] for name, column in every.items()})
+        label = encoders.encoders.get("label") if encoders else None
+        return Conditions(label.classes if isinstance(label, Label) else 0, encoders, every, prepare)
+
+    def fresh(self) -> Encoders | None:
+        """New encoders of the same settings, for a network."""
+        return None if self.encoders is None else Encoders.of(self.encoders.settings())
+
+    def __call__(self, batch: Batch) -> Cond | Given | None:
+        """The conditions of a batch; None for data without. A sample without a value has none."""
+        if self.encoders is None:
+            return None if batch.labels is None else Label(self.classes)(batch.labels)
+        values = {name: self._values(name, column, batch) for name, column in self.columns.items()}
+        given: Given = self.encoders(**values)
+        return given
+
+    def told(self, data: Data) -> Cond | Given | None:
+        """The conditions of data in memory, as they were read with them."""
+        if self.encoders is not None:
+            return data.cond  # type: ignore[no-any-return]
+        return None if data.labels is None else Label(self.classes)(data.labels)
+
+    def _values(self, name: str, column: str, batch: Batch) -> Any:
+        if column == SELF:
+            return self.prepare.restore(batch.x)
+        if column == "label" and "label" not in batch.columns:
+            return batch.labels
+        values = batch.columns.get(column)
+        if values is None or all(v is None for v in values):
+            return None
+        assert self.encoders is not None
+        rate = getattr(self.encoders.encoders[name], "rate", None)
+        if rate is None or "rate" not in batch.columns:
+            return list(values)
+        rates = batch.columns["rate"]
+        return [None if v is None else resampled(v, r or rate, rate) for v, r in zip(values, rates, strict=True)]
+
+
+def _measured(source: Source, prepare: Prepare, columns: set[str], classes: int) -> dict[str, dict[str, Any]]:
+    """The settings of encoders that follow from the data, by column."""
+    plain, seen, rates, dims = prepare.plain(), dict[str, list[Any]](), list[int](), 0
+    for i in choice(source, _LOOKED_AT):
+        try:
+            example = plain(source.read(i), 0, 0)
+        except Unreadable:
+            continue
+        values = {SELF: example.x, "label": example.label, **example.columns}
+        for column in columns:
+            if values.get(column) is not None:
+                seen.setdefault(column, []).append(_size(values[column]))
+        rates += [int(values["rate"])] if "rate" in values else []
+        dims = example.x.ndim - 1
+    found = {}
+    for column in columns:
+        if not (sizes := seen.get(column)):
+            raise InputError(f"{source.name}: no sample that was looked at has anything in the column {column!r}")
+        channels, most = (max(pair[k] for pair in sizes) for k in (0, 1))
+        found[column] = {"dims": dims, "channels": channels, "classes": most + 1}
+        found[column] |= {"rate": max(rates, key=rates.count)} if rates else {}
+    if "label" in found:
+        found["label"]["classes"] = max(classes, found["label"]["classes"])
+    return found
+
+
+def _size(value: Any) -> tuple[int, int]:
+    """(channels of an array, the highest class in a value): -1 for none."""
+    if isinstance(value, str | bytes | Path) or value is None:
+        return 0, -1
+    array = np.asarray(value)
+    channels = array.shape[0] if array.ndim > 1 else 0
+    known = array[array != 255] if array.dtype.kind in "iu" and array.ndim > 1 else array
+    return channels, int(known.max()) if known.dtype.kind in "iu" and known.size else -1
+
+
+def unread(source: Source, conditions: Conditions) -> list[str]:
+    """What the user may want to know of columns that the network is not told."""
+    told = set(conditions.columns.values())
+    labelled = bool(source.classes) and conditions.encoders is not None
+    every = [*source.columns, *(["label"] if labelled and "label" not in source.columns else [])]
+    others = [c for c in every if c not in told and c != "rate" and (c != "label" or labelled)]
+    if not others:
+        return []
+    words = " ".join(f"cond.{c}={USUAL[c]}" for c in others if c in USUAL)
+    hint = f": {words} would tell it" if words else ""
+    return [f"the network is not told the {', '.join(others)} of {source.name}{hint}"]
+
+
+def value_of(name: str, encoder: Encoder, word: str, number: Callable[[str], int]) -> Any:
+    """What a word of the command line means to an encoder: a prompt, a class (by `number`), several with +, or a file.
+
+    InputError for files that are missing or cannot be read, and for prompts with unbalanced parentheses.
+    """
+    if encoder.reads == "text":
+        return prompt(word)
+    if encoder.reads == "label":
+        return [number(part.strip()) for part in word.split("+")]
+    path = Path(word).expanduser()
+    if not path.is_file():
+        kind = "a sound file" if encoder.reads == "audio" else "a picture's file, or a .npy of an array"
+        raise InputError(f"{name}: {word!r} is no file; expected {kind}")
+    try:
+        if encoder.reads == "audio":
+            wave, rate = read_audio(path)
+            return torch.from_numpy(resampled(wave, rate, getattr(encoder, "rate", rate)))
+        if encoder.reads == "picture":
+            return torch.from_numpy(read_picture(path, getattr(encoder, "channels", 0)))
+        return torch.from_numpy(VALUES[encoder.reads](path))
+    except Unreadable as error:
+        raise InputError(f"{name}: {error}") from error
