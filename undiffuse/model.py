@@ -201,14 +201,18 @@ class Model:
         for name in words:
             if name not in known:
                 hint = did_you_mean(name, list(known))
-                raise InputError(f"this model has no condition {name!r}: " + f"{hint} it has {', '.join(known)}".lstrip())
-        values = {}
+                raise InputError(
+                    f"this model has no condition {name!r}: " + f"{hint} it has {', '.join(known)}".lstrip()
+                )
+        parts = []
         for name, each in words.items():
             if name == "label" and self.classes:
                 each = [str(k) for k in self.cycle(",".join(each))]
             read = [value_of(name, known[name], word, self.number) for word in each]
-            values[name] = [read[k % len(read)] for k in numbers]
-        return self.given(len(numbers), values)
+            # read as a whole, so that sequences have one length, and a sample its bits, whatever the numbers
+            whole = self.given(len(read), {name: read})
+            parts.append(whole[torch.tensor([k % len(read) for k in numbers], dtype=torch.long)])
+        return Given.beside(parts)
 
     def number(self, name: str) -> int:
         """The label of a class by its name, in small letters or capitals, or number; InputError names the classes."""

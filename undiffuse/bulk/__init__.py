@@ -9,7 +9,7 @@ or damaged.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -49,6 +49,7 @@ def bulk(
     n: int | None = None,
     label: str | None = None,
     *,
+    words: Mapping[str, Sequence[str]] | None = None,
     settings: Mapping[str, Any] | None = None,
     shard: int = 1000,
     format: str = "safetensors",
@@ -62,18 +63,29 @@ def bulk(
     """n samples of a finished run as shards of `shard` samples in the folder `out`; the same call again completes it.
 
     Files hold x (k, *shape) float32 and label (k,), or PNGs (`format="png"`). `label` is a class by name or number,
-    several in turn as "0,1,2", or "each"; `ema` is the length of another average of the weights (`Model.load`);
-    `settings` such as {"solver": "ddim", "sample": {"steps": 10}} win over the run's. Under torchrun or `accelerate
-    launch` the processes share the work; `engine="ray"` spreads it over `workers` actors of Ray Data (default: one for
-    each CPU or GPU). Sample k is bit-equal for all of these, on one kind of device with `threads` threads a process.
-    Raises InputError for settings that cannot be and for folders that are not this job's, NonFinite for samples that
+    several in turn as "0,1,2", or "each"; `words` are conditions by name, in turn, as `Model.words` has them. `ema` is
+    the length of another average of the weights (`Model.load`); `settings` such as {"solver": "ddim", "sample":
+    {"steps": 10}} win over the run's. Under torchrun or `accelerate launch` the processes share the work;
+    `engine="ray"` spreads it over `workers` actors of Ray Data (default: one for each CPU or GPU). Sample k is
+    bit-equal for all of these, on one kind of device with `threads` threads a process. Raises InputError for settings that cannot be and for folders that are not this job's, NonFinite for samples that
     are not finite, Lost if another process failed, OSError for a full disk.
     """
     model = Model.load(run, ema)
     settings = dict(settings or {})
     if n is not None:
         settings["sample"] = {**settings.get("sample", {}), "n": n}
-    job = plan(model, run, out, label, settings=settings, shard=shard, format=format, device=device, threads=threads)
+    job = plan(
+        model,
+        run,
+        out,
+        label,
+        words=words,
+        settings=settings,
+        shard=shard,
+        format=format,
+        device=device,
+        threads=threads,
+    )
     return carry_out(job, model, engine=engine, workers=workers, progress=progress)
 
 

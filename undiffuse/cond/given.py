@@ -140,6 +140,12 @@ class Given:
         return self._map(lambda v: v[rows])
 
     @staticmethod
+    def beside(parts: list[Given]) -> Given:
+        """Different conditions of the same samples as one."""
+        reads = {name: read for part in parts for name, read in part.reads.items()}
+        return replace(parts[0], reads=reads, instead={k: v for part in parts for k, v in part.instead.items()})
+
+    @staticmethod
     def cat(parts: list[Given]) -> Given:
         """Batches one after the other; InputError unless all have the same conditions."""
         reads, instead = _joined([part.reads for part in parts]), _joined([part.instead for part in parts])

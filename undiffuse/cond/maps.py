@@ -38,6 +38,8 @@ def stacked(values: Any) -> Tensor:
     """Maps of b samples as one tensor; InputError where they differ in shape."""
     if isinstance(values, Tensor):
         return values
+    if wrong := [v for v in values if not hasattr(v, "shape") and not isinstance(v, list | tuple)]:
+        raise InputError(f"expected arrays, got {wrong[0]!r}")
     parts = [torch.as_tensor(v) for v in values]
     if len({p.shape for p in parts}) > 1:
         shapes = ", ".join(sorted({"x".join(map(str, p.shape)) for p in parts}))

@@ -27,23 +27,25 @@ class Bytes:
     """The UTF-8 bytes of a text through a transformer of `depth` layers of `width` features, trained along with the
     network (as in GLIDE; Nichol et al. 2021, arXiv 2112.10741): tokens (b, n, width) and their mean as the vector.
 
+    A token is a word, or every `chunk` bytes of a longer one: the sum of embeddings of its bytes by their places in it.
     No vocabulary and no download. A text of more than `length` bytes is refused. Texts are strings or `Prompt`s, whose
     weights multiply the tokens.
 
     >>> from undiffuse.cond import Encoders
     >>> encoders = Encoders({"text": Bytes(width=16, depth=1)})
     >>> encoders.encoded(encoders(text=["red", "a car"]), ()).tokens_mask.sum(1).tolist()
-    [3, 5]
+    [1, 2]
     """
 
     width: int = 128
     depth: int = 2
     length: int = 256
+    chunk: int = 16
     spatial = 0
     reads = "text"
 
     def __post_init__(self) -> None:
-        check_sizes("Bytes", self.width, self.depth, length=self.length)
+        check_sizes("Bytes", self.width, self.depth, length=self.length, chunk=self.chunk)
 
     @property
     def vector(self) -> int:
@@ -56,29 +58,42 @@ class Bytes:
         return self.width
 
     def read(self, values: Sequence[str | Prompt]) -> dict[str, Tensor]:
-        """Bytes (b, n), where they are, and their weights."""
+        """Bytes (b, n, chunk) of n tokens plus 1, 0 for none, where tokens are, and their weights."""
         codes, weights = [], []
         for given in map(plain, values):
-            each = [(code, w) for c, w in zip(given.text, given.weights, strict=True) for code in c.encode()]
-            if len(each) > self.length:
-                raise InputError(f"{len(each)} bytes of text, {given.text[:40]!r} ...: at most {self.length} are read")
-            codes.append(torch.tensor([code for code, _ in each], dtype=torch.uint8))
-            weights.append(torch.tensor([w for _, w in each], dtype=torch.float32))
+            if (many := len(given.text.encode())) > self.length:
+                raise InputError(f"{many} bytes of text, {given.text[:40]!r} ...: at most {self.length} are read")
+            tokens = self._tokens(given)
+            padded = [[code + 1 for code, _ in token] + [0] * (self.chunk - len(token)) for token in tokens]
+            codes.append(torch.tensor(padded, dtype=torch.int16).reshape(-1, self.chunk))
+            weights.append(torch.tensor([sum(w for _, w in token) / len(token) for token in tokens]))
         whole, mask = sequences(codes)
         return {"bytes": whole, "mask": mask, "weights": sequences(weights)[0]}
 
+    def _tokens(self, given: Prompt) -> list[list[tuple[int, float]]]:
+        """The (byte, weight) pairs of each token: white space ends a word and belongs to none."""
+        words: list[list[tuple[int, float]]] = [[]]
+        for c, w in zip(given.text, given.weights, strict=True):
+            words += [[]] if c.isspace() else []
+            words[-1].extend((code, w) for code in (b"" if c.isspace() else c.encode()))
+        return [word[i : i + self.chunk] for word in words for i in range(0, len(word), self.chunk)]
+
     def build(self) -> nn.Module:
         """The transformer and the embedding of bytes."""
-        return _Bytes(self.width, self.depth)
+        return _Bytes(self.width, self.depth, self.chunk)
 
 
 class _Bytes(nn.Module):
-    def __init__(self, width: int, depth: int) -> None:
+    def __init__(self, width: int, depth: int, chunk: int) -> None:
         super().__init__()
-        self.embed, self.transformer = nn.Embedding(256, width), Transformer(width, depth)
+        self.embed = nn.Parameter(torch.randn(chunk, 257, width))
+        self.transformer = Transformer(width, depth)
 
     def forward(self, read: Mapping[str, Tensor], size: Sequence[int]) -> Cond:
-        out: Cond = self.transformer(self.embed(read["bytes"].long()), read["mask"], read["weights"])
+        codes = read["bytes"].long()
+        places = torch.arange(codes.shape[-1], device=codes.device)
+        there = (codes > 0)[..., None].to(self.embed.dtype)
+        out: Cond = self.transformer((self.embed[places, codes] * there).sum(-2), read["mask"], read["weights"])
         return out
 
 

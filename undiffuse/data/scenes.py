@@ -19,7 +19,7 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255),
            "yellow": (255, 255, 0), "magenta": (255, 0, 255), "cyan": (0, 255, 255)}  # fmt: skip
 BACKGROUND = (128, 128, 128)  # zero in [-1, 1], and as far from each colour as from the others
 SHAPES = {"circle": 1.0, "square": 1.25, "triangle": 1.3, "cross": 1.26}  # and the radius around each, in sizes
-SIZES = {"small": 0.085, "large": 0.14}  # in sides of the picture
+SIZES = {"small": 0.1, "large": 0.16}  # in sides of the picture
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # y points down
 PLACES = {"on the left": (-1, 0), "on the right": (1, 0), "at the top": (0, -1), "at the bottom": (0, 1),
           "in the middle": (0, 0)}  # fmt: skip
@@ -63,8 +63,8 @@ def scene(seed: int, index: int, held_out: bool = False) -> Scene:
     'a cyan square right of a large cyan cross'
     """
     rng = np.random.default_rng([seed, index, held_out])
+    count = int(rng.integers(1, 4))
     while True:
-        count = int(rng.integers(1, 4))
         pairs = [_PAIRS[k] for k in rng.integers(0, len(_PAIRS), count)]
         if held_out:
             pairs[int(rng.integers(count))] = sorted(HELD_OUT)[int(rng.integers(len(HELD_OUT)))]

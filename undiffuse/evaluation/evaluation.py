@@ -161,7 +161,7 @@ def evaluate(
     shape = tuple(model.restore(torch.zeros(1, *model.shape, device=model.device)).shape[1:])
     n = _count(shape, train, held_out, choices)
     for part in (train, held_out):
-        if model.classes and part.labels is None:
+        if model.classes and model.encoders is None and part.labels is None:
             raise InputError(f"{part.name} has no labels, and this model was trained with {model.classes} classes")
         if part.classes > model.classes > 0:
             raise InputError(f"{part.name} has label {part.classes - 1}; this model knows {model.classes} classes")
