@@ -45,6 +45,83 @@ def test_pictures_are_in_the_models_range_and_marked():
     assert grey.any()
 
 
+def test_pictures_are_brought_to_a_low_resolution_first():
+    x = torch.randn(2, 3, 8, 12)
+    read = Picture(size=4).read(x)
+    assert torch.allclose(read["map"], x.reshape(2, 3, 4, 2, 6, 2).mean((3, 5)), atol=1e-6)
+    assert torch.equal(Picture(size=4).read(read["map"])["map"], read["map"])
+    encoders = Encoders({"low": Picture(size=4)})
+    told = encoders.encoded(encoders(low=x), (8, 12)).spatial
+    assert torch.equal(told, encoders.encoded(encoders(low=read["map"]), (8, 12)).spatial)
+    assert told.shape == (2, 4, 8, 12)
+
+
+def low(noise, n=3, value=0.0):
+    """Conditions of n pictures of one value, that training has noise in up to a level."""
+    return Encoders({"low": Picture(1, noise=noise)})(low=torch.full((n, 1, 4, 4), value))
+
+
+def test_training_has_noise_of_uniform_levels_that_are_told():
+    n, most, z = 4000, 0.8, 0.6
+    given, index = low(most, n, z), torch.arange(n)
+    seen = given.dropped(5, index, 0.0)
+    read = seen.reads["low"].tensors
+    level, maps = read["level"].double(), read["map"].double().flatten(1)
+    # uniform in [0, most]: mean most / 2 and variance most^2 / 12
+    assert abs(float(level.mean()) - most / 2) < 4 * most / (12 * n) ** 0.5
+    assert abs(float(level.var()) / (most**2 / 12) - 1) < 4 * (0.8 / n) ** 0.5
+    assert 0 < float(level.min()) < float(level.max()) < most
+    # given its level a map is normal: mean sqrt(1 - level^2) z and standard deviation level
+    eps = (maps - (1 - level.square()).sqrt()[:, None] * z) / level[:, None]
+    m = eps.numel()
+    assert abs(float(eps.mean())) < 4 / m**0.5
+    assert abs(float(eps.square().mean()) - 1) < 4 * (2 / m) ** 0.5
+    assert abs(float(eps.pow(4).mean()) - 3) < 4 * (96 / m) ** 0.5
+    assert abs(float((eps[:, 0] * eps[:, 1]).mean())) < 4 / n**0.5
+    assert abs(float((eps[1:, 0] * eps[:-1, 0]).mean())) < 4 / n**0.5
+    spatial = Encoders({"low": Picture(1, noise=most)}).encoded(seen, (4, 4)).spatial
+    assert torch.equal(spatial[:, 0].flatten(1), read["map"].flatten(1))
+    assert spatial[:, 1].unique().tolist() == [1.0]
+    assert torch.equal(spatial[:, 2], read["level"][:, None, None].expand(n, 4, 4))
+
+
+def test_noise_is_a_function_of_seed_and_index_alone():
+    given, index = low(0.5, 6), torch.arange(6)
+    whole = given.dropped(5, index, 0.5).flat()
+    rows = torch.tensor([4, 1])
+    assert torch.equal(given[rows].dropped(5, rows, 0.5).flat(), whole[rows])
+    other = given.dropped(6, index, 0.5)
+    assert not torch.equal(other.flat(), whole)
+    assert not torch.equal(given.dropped(5, index + 6, 0.5).flat(), whole)
+    # which samples are dropped is as without noise
+    assert torch.equal(other.reads["low"].there, low(0.0, 6).dropped(6, index, 0.5).reads["low"].there)
+
+
+def test_conditions_have_noises_of_their_own():
+    encoders = Encoders({"low": Picture(1, noise=1.0), "edit": Picture(1, noise=1.0)}, alone=0.0)
+    x = torch.zeros(500, 1, 2, 2)
+    seen = encoders(low=x, edit=x).dropped(0, torch.arange(500), 0.0)
+    one, two = (seen.reads[name].tensors for name in ("low", "edit"))
+    for name in ("map", "level"):
+        both = torch.stack([one[name].flatten(), two[name].flatten()])
+        assert abs(float(torch.corrcoef(both)[0, 1])) < 4 / 500**0.5
+
+
+def test_sampling_has_no_noise_or_that_of_a_level():
+    encoders = Encoders({"low": Picture(1, noise=0.5)})
+    given = low(0.5, 2000, 0.6)
+    told = encoders.encoded(given, (4, 4)).spatial
+    assert torch.equal(told[:, 0], torch.full((2000, 4, 4), 0.6))
+    assert not told[:, 2].any()
+    noisy = encoders.encoded(given.noised("low", 0.3, seed=1), (4, 4)).spatial.double()
+    assert torch.allclose(noisy[:, 2], torch.full((2000, 4, 4), 0.3).double())
+    m = noisy[:, 0].numel()
+    assert abs(float(noisy[:, 0].mean()) - (1 - 0.3**2) ** 0.5 * 0.6) < 4 * 0.3 / m**0.5
+    assert abs(float(noisy[:, 0].var()) / 0.3**2 - 1) < 4 * (2 / m) ** 0.5
+    assert torch.equal(given.noised("low", 0.0).flat(), given.flat())
+    assert not encoders.encoded(given.noised("low", 0.3).null(), (4, 4)).spatial.any()
+
+
 def test_depth_is_linear_in_depth_or_in_disparity():
     values = torch.tensor([[[1.0, 1.5, 2.0, 4.0, 7.0]]])
     assert torch.allclose(Depth(1.0, 4.0).read(values)["map"].flatten(), torch.tensor([1, 2 / 3, 1 / 3, -1, -1]))
@@ -104,6 +181,11 @@ def test_a_picture_to_be_varied_is_tokens_of_its_patches():
         (lambda: Layout(3).read(torch.zeros(1, 2, 2)), "whole numbers"),
         (lambda: Layout(300), "without the unknown one"),
         (lambda: Picture(0), "channels >= 1"),
+        (lambda: Picture(noise=1.5), "noise from 0 to 1"),
+        (lambda: Picture(size=-1), "size >= 0"),
+        (lambda: low(0.5).noised("low", 0.6), "noise of level 0.6 in low: training has levels from 0 to 0.5"),
+        (lambda: low(0.5).noised("high", 0.1), "high takes no noise; of the given conditions there do: low"),
+        (lambda: low(0.0).noised("low", 0.1), "low takes no noise; of the given conditions there do: none"),
         (lambda: Variation(1, size=9), "a patch that divides size"),
         (lambda: Variation(1).read(torch.zeros(1, 1, 4)), "2 sides"),
     ],

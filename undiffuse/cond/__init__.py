@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from undiffuse.cond.audio import Audio, log_mel
+from undiffuse.cond.audio import Audio, PretrainedAudio, log_mel
 from undiffuse.cond.cond import Cond
 from undiffuse.cond.encoders import Conditioned, Encoder, Encoders
 from undiffuse.cond.given import Given
@@ -20,6 +20,7 @@ ENCODERS: dict[str, Callable[..., Encoder]] = {
     "depth": Depth,
     "layout": Layout,
     "audio": Audio,
+    "pretrained-audio": PretrainedAudio,
 }
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Label",
     "Layout",
     "Picture",
+    "PretrainedAudio",
     "Prompt",
     "Text",
     "Variation",

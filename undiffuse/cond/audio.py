@@ -1,10 +1,12 @@
-"""Sound -> tokens over time: a log-mel spectrogram, and a transformer that is trained along."""
+"""Sound -> tokens over time: by a log-mel spectrogram and a transformer trained along, or by a frozen encoder."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from undiffuse.cond.cond import Cond
+from undiffuse.cond.frozen import Pooled, frozen, kept, loaded, width
 from undiffuse.cond.transformer import Transformer, check_sizes, sequences
 from undiffuse.types import InputError
 
@@ -45,6 +48,19 @@ def log_mel(wave: Tensor, rate: int, count: int = 64, window: int = 512, hop: in
     # a tone's main lobe holds sum(hann^2) window / sum(hann)^2 times the power at its peak
     power = power * (hann.sum() ** 2 / (window * hann.square().sum()))
     return ((bands(rate, window, count) @ power).clamp(min=_FLOOR).log10().T.float() + 4) / 4
+
+
+def _waveform(value: Any, least: int, seconds: float, rate: int) -> Tensor:
+    """Samples (n,), checked."""
+    wave = torch.as_tensor(value)
+    if wave.ndim != 1 or not wave.is_floating_point() or not bool(wave.isfinite().all()):
+        raise InputError(f"a waveform must be finite floats (n,), got {wave.dtype} {tuple(wave.shape)}")
+    if not least <= len(wave) <= seconds * rate:
+        raise InputError(
+            f"a waveform of {len(wave)} samples: expected {least} to {int(seconds * rate)}, "
+            f"which is {seconds:g} s at {rate} a second"
+        )
+    return wave
 
 
 @dataclass(frozen=True)
@@ -92,14 +108,7 @@ class Audio:
         """Spectrograms (b, n patch, mels), filled up with zeros, and which of the n tokens are there."""
         parts = []
         for value in values:
-            wave = torch.as_tensor(value)
-            if wave.ndim != 1 or not wave.is_floating_point() or not bool(wave.isfinite().all()):
-                raise InputError(f"a waveform must be finite floats (n,), got {wave.dtype} {tuple(wave.shape)}")
-            if not self.window <= len(wave) <= self.seconds * self.rate:
-                raise InputError(
-                    f"a waveform of {len(wave)} samples: expected {self.window} to {int(self.seconds * self.rate)}, "
-                    f"which is {self.seconds:g} s at {self.rate} a second"
-                )
+            wave = _waveform(value, self.window, self.seconds, self.rate)
             frames = log_mel(wave, self.rate, self.mels, self.window, self.hop)
             silence = -torch.ones(-len(frames) % self.patch, self.mels)
             parts.append(torch.cat([frames, silence]).reshape(-1, self.patch, self.mels))
@@ -119,3 +128,103 @@ class _Sound(nn.Module):
     def forward(self, read: Mapping[str, Tensor], size: Sequence[int]) -> Cond:
         out: Cond = self.transformer(self.stem(read["mel"].flatten(2).to(self.stem.weight.dtype)), read["mask"])
         return out
+
+
+@dataclass(frozen=True)
+class PretrainedAudio:
+    """A frozen audio encoder of `transformers`, by its folder or its name on the hub (wav2vec2, HuBERT, the encoder of
+    Whisper, AST): its last hidden states are the tokens, their mean is the vector. `pip install 'undiffuse[text]'`.
+
+    Waveforms in [-1, 1] have `rate` samples a second, which must be the encoder's, and any length up to `seconds`;
+    Whisper reads 30 s at most, and AST cuts what is longer than its own. A waveform is embedded once, by itself, and
+    kept in memory; and, where `cache` names a folder, in a file named by the hash of the encoder's weights and of the
+    waveform. Encoders that fill waveforms up to a length of their own, as Whisper does, have tokens only where there is
+    sound, if they say where. InputError where there is no such encoder.
+    """
+
+    name: str
+    rate: int = 16_000
+    seconds: float = 10.0
+    cache: str = ""
+    spatial = 0
+
+    def __post_init__(self) -> None:
+        if not self.name.strip() or self.rate < 1 or not 0 < self.seconds < math.inf:
+            raise InputError(f"PretrainedAudio needs a folder or a hub's name, rate >= 1 and seconds > 0: got {self}")
+
+    @property
+    def vector(self) -> int:
+        """The width of the mean."""
+        return self.tokens
+
+    @property
+    def tokens(self) -> int:
+        """The width of the hidden states."""
+        return width("audio", self.name)
+
+    def read(self, values: Sequence[Any] | Tensor) -> dict[str, Tensor]:
+        """Tokens (b, n, tokens), and where they are."""
+        waves = [_waveform(value, 1, self.seconds, self.rate).float().contiguous() for value in values]
+        found = [_embedded(self.name, self.rate, self.cache, _Wave.of(wave)) for wave in waves]
+        tokens, mask = sequences([each["tokens"] for each in found])
+        return {"tokens": tokens, "mask": mask}
+
+    def build(self) -> nn.Module:
+        """Nothing to train."""
+        return Pooled()
+
+
+@dataclass(frozen=True)
+class _Wave:
+    """A waveform that is known by its hash."""
+
+    hash: str
+    samples: Tensor = field(compare=False)
+
+    @staticmethod
+    def of(wave: Tensor) -> _Wave:
+        return _Wave(hashlib.sha256(wave.numpy().tobytes()).hexdigest(), wave)
+
+
+@functools.cache
+def _loaded(name: str) -> tuple[Any, Any, str]:
+    """(feature extractor, frozen encoder, hash of its weights)."""
+
+    def load(transformers: Any) -> tuple[Any, Any]:
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(name)
+        model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
+        return extractor, model.get_encoder() if model.config.is_encoder_decoder else model
+
+    extractor, model = loaded("audio", name, load)
+    return extractor, model, frozen(model)
+
+
+@functools.lru_cache(1000)
+def _embedded(name: str, rate: int, cache: str, wave: _Wave) -> dict[str, Tensor]:
+    """`tokens` (n, width) of a waveform."""
+    extractor, model, weights = _loaded(name)
+    if extractor.sampling_rate != rate:
+        raise InputError(
+            f"waveforms of {rate} samples a second for {name!r}, which reads {extractor.sampling_rate}: resample them "
+            f"first, and give rate={extractor.sampling_rate}"
+        )
+    n, most = len(wave.samples), getattr(extractor, "n_samples", math.inf)
+    if n > most:
+        raise InputError(f"a waveform of {n} samples for {name!r}, which reads {most} at most: cut it")
+
+    def embed() -> dict[str, Tensor]:
+        try:
+            inputs = extractor(
+                wave.samples.numpy(), sampling_rate=rate, return_tensors="pt", return_attention_mask=True
+            )
+            # told to the encoder where it was trained so; else it only says which tokens are there
+            there = inputs["attention_mask"] if extractor.return_attention_mask else inputs.pop("attention_mask", None)
+            with torch.no_grad():
+                tokens = model(**inputs).last_hidden_state[0]
+        except Exception as error:  # what is too short for an encoder's convolutions
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{name!r} cannot read a waveform of {n} samples ({first})") from error
+        count = len(tokens) if there is None else math.ceil(float(there.double().mean()) * len(tokens) - 1e-6)
+        return {"tokens": tokens[:count].contiguous()}
+
+    return kept(cache, f"{weights} {rate} {wave.hash}", embed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -27,6 +28,17 @@ class Read:
     def map(self, change) -> Read:  # type: ignore[no-untyped-def]
         """The same with every tensor changed."""
         return Read({name: change(v) for name, v in self.tensors.items()}, change(self.there), self.done)
+
+    def noised(self, level: Tensor, seed: int, index: Tensor) -> Read:
+        """The `map` z as sqrt(1 - level^2) z + level eps (non-truncated conditioning augmentation; Ho et al. 2021,
+        arXiv 2106.15282), of levels (b,) that are kept as `level`; eps is a function of (seed, global index (b,))."""
+        z = self.tensors["map"]
+        elements = index.long()[:, None] * z[0].numel() + torch.arange(z[0].numel())
+        eps = (math.sqrt(2) * torch.erfinv(2 * uniform(seed, elements) - 1)).reshape(z.shape).to(z)
+        level = level.to(z)
+        sigma = level.reshape(-1, *[1] * (z.ndim - 1))
+        noisy = (1 - sigma.square()).sqrt() * z + sigma * eps
+        return replace(self, tensors={**self.tensors, "map": noisy, "level": level})
 
     @staticmethod
     def cat(parts: list[Read]) -> Read:
@@ -104,12 +116,32 @@ class Given:
 
     def dropped(self, seed: int, index: Tensor, p: float) -> Given:
         """The rows as training sees them: all conditions of a sample dropped with probability p, and of several each by
-        itself with its probability in `alone`; functions of (seed, global index (b,)) alone."""
+        itself with its probability in `alone`; noise of uniform levels in the maps that have a greatest one, `most`;
+        functions of (seed, global index (b,)) alone."""
         given = self.drop(uniform(seed, index) < p)
-        if len(self.reads) < 2:
-            return given
-        draws = {name: uniform(seed_of(seed, *name.encode()), index) for name in self.alone.keys() & self.reads.keys()}
-        return given._without({name: draw < self.alone[name] for name, draw in draws.items()})
+        if len(self.reads) > 1:
+            several = self.alone.keys() & self.reads.keys()
+            draws = {name: uniform(seed_of(seed, *name.encode()), index) for name in several}
+            given = given._without({name: draw < self.alone[name] for name, draw in draws.items()})
+        reads = dict(given.reads)
+        for name in [name for name, read in reads.items() if "most" in read.tensors]:
+            own = seed_of(seed, *name.encode(), 1)
+            reads[name] = reads[name].noised(reads[name].tensors["most"] * uniform(own, index), seed_of(own, 1), index)
+        return replace(given, reads=reads)
+
+    def noised(self, name: str, level: float, seed: int = 0) -> Given:
+        """The same with noise of this level, in [0, `noise` of its encoder], in the pictures of a condition, which the
+        network is told: row k of a function of (seed, k). InputError for conditions that training has no noise in."""
+        read = self.reads.get(name)
+        if read is None or "most" not in read.tensors:
+            able = [known for known, each in self.reads.items() if "most" in each.tensors]
+            raise InputError(f"{name} takes no noise; of the given conditions there do: {', '.join(able) or 'none'}")
+        most = float(read.tensors["most"].max())
+        if not 0 <= level <= most:
+            raise InputError(f"noise of level {level} in {name}: training has levels from 0 to {most:g}")
+        rows = torch.arange(len(self))
+        noisy = read.noised(torch.full((len(self),), level), seed_of(seed, *name.encode()), rows)
+        return replace(self, reads={**self.reads, name: noisy})
 
     def tensors(self) -> dict[str, Tensor]:
         """The conditions as plain tensors, to be kept in a file; `Given.of` makes the same of them."""

@@ -60,7 +60,7 @@ def pixels(values: Any, channels: int) -> Tensor:
 
 class _Map(nn.Module):
     """A map on the grid of the samples; with `marked`, and a channel of ones that says that there is one, since zero
-    may be a value of it."""
+    may be a value of it; and a channel with the level of the noise in it, of those that have one."""
 
     def __init__(self, marked: bool) -> None:
         super().__init__()
@@ -70,6 +70,9 @@ class _Map(nn.Module):
         maps = resized(read["map"].float(), size)
         if self.marked:
             maps = torch.cat([maps, torch.ones_like(maps[:, :1])], 1)
+        if "level" in read:
+            level = read["level"].reshape(-1, *[1] * (maps.ndim - 1)).to(maps)
+            maps = torch.cat([maps, level.expand_as(maps[:, :1])], 1)
         return Cond(spatial=maps)
 
 
@@ -78,28 +81,41 @@ class Picture:
     """A picture of `channels` channels to be kept to: of low resolution (cascades; Ho et al. 2021, arXiv 2106.15282),
     or before editing. Bytes become [-1, 1], floats stay; any size of the sample's proportions.
 
+    With `size` > 0 the shorter side of what is given is brought to it first, by means over areas, so that training can
+    give the samples themselves. With `noise` in (0, 1] training adds noise of a level that is uniform in [0, noise] and
+    told to the network, so that a cascade does not depend on the faults of its low resolution; `Given.noised` does so
+    at sampling, where the level is 0 otherwise.
+
     >>> from undiffuse.cond import Encoders
-    >>> encoders = Encoders({"low": Picture(1)})
-    >>> encoders.encoded(encoders(low=torch.zeros(2, 1, 4, 4)), (8, 8)).spatial.shape
-    torch.Size([2, 2, 8, 8])
+    >>> encoders = Encoders({"low": Picture(1, size=4, noise=0.5)})
+    >>> given = encoders(low=torch.zeros(2, 1, 8, 8)).noised("low", 0.1)
+    >>> encoders.encoded(given, (8, 8)).spatial.shape
+    torch.Size([2, 3, 8, 8])
     """
 
     channels: int = 3
+    size: int = 0
+    noise: float = 0.0
     vector = tokens = 0
     reads = "picture"
 
     def __post_init__(self) -> None:
-        if self.channels < 1:
-            raise InputError(f"Picture needs channels >= 1, got {self.channels}")
+        if self.channels < 1 or self.size < 0 or not 0 <= self.noise <= 1:
+            raise InputError(f"Picture needs channels >= 1, size >= 0, noise from 0 to 1, got {self}")
 
     @property
     def spatial(self) -> int:
-        """The channels, and one that says that there is a picture."""
-        return self.channels + 1
+        """The channels, one that says that there is a picture, and with `noise` one with its level."""
+        return self.channels + 1 + (self.noise > 0)
 
     def read(self, values: Any) -> dict[str, Tensor]:
-        """Pictures (b, channels, *sides)."""
-        return {"map": pixels(values, self.channels)}
+        """Pictures (b, channels, *sides); with `noise` their levels (b,), which are 0, and the greatest of training."""
+        x = pixels(values, self.channels)
+        if self.size:
+            sides = x.shape[2:]
+            x = resized(x, [round(n * self.size / min(sides)) for n in sides])
+        levels = {"level": torch.zeros(len(x)), "most": torch.full((len(x),), self.noise)} if self.noise else {}
+        return {"map": x, **levels}
 
     def build(self) -> nn.Module:
         """Nothing to train."""

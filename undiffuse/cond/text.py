@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from undiffuse.cond.cond import Cond
+from undiffuse.cond.frozen import Pooled, frozen, kept, loaded, width
 from undiffuse.cond.prompt import Prompt, plain
-from undiffuse.cond.transformer import Transformer, check_sizes, pooled, sequences
+from undiffuse.cond.transformer import Transformer, check_sizes, sequences
 from undiffuse.types import InputError
 
 
@@ -125,7 +120,7 @@ class Text:
     @property
     def tokens(self) -> int:
         """The width of the hidden states."""
-        return _width(self.name)
+        return width("text", self.name)
 
     def read(self, values: Sequence[str | Prompt]) -> dict[str, Tensor]:
         """Tokens (b, n, tokens), times the weights of their words, and where they are."""
@@ -141,74 +136,35 @@ class Text:
 
     def build(self) -> nn.Module:
         """Nothing to train."""
-        return _Pooled()
-
-
-class _Pooled(nn.Module):
-    def forward(self, read: Mapping[str, Tensor], size: Sequence[int]) -> Cond:
-        return pooled(read["tokens"], read["mask"], read["weights"])
-
-
-def _missing(name: str, error: Exception) -> InputError:
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return InputError(f"no text encoder at {name!r}: give the folder of one, or a name on the hub ({first})")
-
-
-@functools.cache
-def _width(name: str) -> int:
-    transformers = _transformers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except Exception as error:  # transformers raises many kinds
-        raise _missing(name, error) from error
-    config = getattr(config, "text_config", None) or config
-    return int(getattr(config, "hidden_size", None) or config.d_model)
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise InputError("text encoders need transformers: pip install 'undiffuse[text]'") from error
-    return transformers
+        return Pooled()
 
 
 @functools.cache
 def _loaded(name: str) -> tuple[Any, Any, str]:
     """(tokenizer, frozen model, hash of its weights)."""
-    transformers = _transformers()
-    try:
+
+    def load(transformers: Any) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(name)
         config = getattr(config, "text_config", None) or config
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, use_fast=True)
-        model = transformers.AutoModelForTextEncoding.from_pretrained(name, config=config, dtype=torch.float32)
-    except Exception as error:
-        raise _missing(name, error) from error
-    digest = hashlib.sha256()
-    for key, value in model.state_dict().items():
-        digest.update(key.encode() + value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return tokenizer, model.eval().requires_grad_(False), digest.hexdigest()
+        return tokenizer, transformers.AutoModelForTextEncoding.from_pretrained(
+            name, config=config, dtype=torch.float32
+        )
+
+    tokenizer, model = loaded("text", name, load)
+    return tokenizer, model, frozen(model)
 
 
 @functools.lru_cache(100_000)
 def _embedded(name: str, length: int, cache: str, text: str) -> dict[str, Tensor]:
     """`tokens` (n, width) of a text and `ends` (n, 2), the characters where each begins and ends."""
     tokenizer, model, weights = _loaded(name)
-    key = hashlib.sha256(f"{weights} {length} {text}".encode()).hexdigest()
-    path = Path(cache).expanduser() / key[:2] / f"{key}.safetensors"
-    if cache and path.is_file():
-        try:
-            return load_file(path)
-        except SafetensorError:  # a file that was not written to its end is made anew
-            path.unlink()
-    ids = tokenizer(text, return_tensors="pt", return_offsets_mapping=True, truncation=True, max_length=length)
-    ends = ids.pop("offset_mapping")[0]
-    with torch.no_grad():
-        tokens = model(**ids).last_hidden_state[0]
-    found = {"tokens": tokens.contiguous(), "ends": ends.contiguous()}
-    if cache:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(save(found))
-        os.replace(file.name, path)
-    return found
+
+    def embed() -> dict[str, Tensor]:
+        ids = tokenizer(text, return_tensors="pt", return_offsets_mapping=True, truncation=True, max_length=length)
+        ends = ids.pop("offset_mapping")[0]
+        with torch.no_grad():
+            tokens = model(**ids).last_hidden_state[0]
+        return {"tokens": tokens.contiguous(), "ends": ends.contiguous()}
+
+    return kept(cache, f"{weights} {length} {text}", embed)

@@ -9,28 +9,22 @@ import struct
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import numpy as np
 import torch
 
 from undiffuse.data.depth import open_depth
+from undiffuse.data.emoji import emoji
 from undiffuse.data.scenes import open_scenes
 from undiffuse.data.source import Arrays, Source, names
 from undiffuse.data.speech import open_spoken
 from undiffuse.types import InputError
 
-if TYPE_CHECKING:
-    from PIL.ImageFont import FreeTypeFont
-
 _FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
           "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}  # fmt: skip
 _CLOTHES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 _FASHION = Path("/usr/share/datasets/fashion-mnist")
-_NOTO = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-_STRIKE = 109  # the one size of this font's bitmaps: 136x128 pixels
-_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
-_LACKING = ("\U0001f1fd\U0001f1fd", "\U0010ffff")  # the flag of no region, and no character: a font's stand-ins
 _POINTS = 10_000
 Draw = Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray | None]]
 _LIMIT = 2**30
@@ -65,68 +59,12 @@ def mnist(path: Path | None = None) -> Arrays:
     return _images("mnist", path, usual, how)
 
 
-def emoji(path: Path | None = None) -> Arrays:
-    """About 1,900 colour emoji of 64x64 pixels on white, each with its English name as `text`; without skin tones.
-
-    `segmentation` is 1 where the emoji covers at least half of a pixel, and 0 elsewhere.
-
-    Debian's fonts-noto-color-emoji (or the font file `path`) draws those that PyPI's emoji names, in the order of their
-    code points; those that the font lacks are left out, so both packages' versions decide which there are.
-    """
-    from PIL import ImageFont, features
-
-    font_file = _NOTO if path is None else path
-    how = "apt-get install fonts-noto-color-emoji, pip install emoji; or give the file NotoColorEmoji.ttf as path"
-    if importlib.util.find_spec("emoji") is None:
-        raise InputError(f"emoji: the Python package emoji is missing: {how}")
-    from emoji import EMOJI_DATA, STATUS
-
-    if not font_file.is_file():
-        raise InputError(f"emoji: the font {font_file} is missing: {how}")
-    sequences = features.check("raqm")  # without it, a flag is drawn as two letters
-    try:
-        engine = ImageFont.Layout.RAQM if sequences else ImageFont.Layout.BASIC
-        font = ImageFont.truetype(font_file, _STRIKE, layout_engine=engine)
-    except OSError as error:
-        raise InputError(f"emoji: {font_file} has no bitmaps of {_STRIKE} pixels ({error}): {how}") from error
-    lacking = [_glyph(font, code) for code in _LACKING]
-    pictures, texts = list[np.ndarray](), list[str]()
-    for code, entry in sorted(EMOJI_DATA.items()):
-        if entry["status"] != STATUS["fully_qualified"] or not _TONES.isdisjoint(code):
-            continue
-        picture = _glyph(font, code) if sequences or len(code) == 1 else None
-        if picture is not None and not any(np.array_equal(picture, other) for other in lacking if other is not None):
-            pictures.append(picture)
-            texts.append(entry["en"].strip(":").replace("_", " "))
-    if not pictures:
-        raise InputError(f"emoji: {font_file} draws none of the emoji: {how}")
-    drawn = np.stack(pictures)
-    columns = {"text": np.array(texts), "segmentation": (drawn[:, 3] >= 128).astype(np.uint8)}
-    return Arrays(np.ascontiguousarray(drawn[:, :3]), name="emoji", extra=columns)
-
-
 def spoken_digits(path: Path | None = None) -> Source:
     """Handwritten digits of 8x8 pixels, each with a clip of that digit spoken as `audio`; the test has other voices.
 
     Debian's espeak-ng (or the program `path`) speaks; see `speech.recorded`.
     """
     return open_spoken(digits(), path)
-
-
-def _glyph(font: FreeTypeFont, code: str) -> np.ndarray | None:
-    """The emoji centred on white, and its alpha (4, 64, 64); None where the font draws nothing, or several glyphs."""
-    from PIL import Image, ImageDraw
-
-    left, top, right, bottom = (round(v) for v in font.getbbox(code))
-    if bottom <= top or right - left > 1.5 * _STRIKE:
-        return None
-    side = max(right - left, bottom - top)
-    at = ((side - right - left) // 2, (side - bottom - top) // 2)
-    opaque, clear = Image.new("RGB", (side, side), "white"), Image.new("RGBA", (side, side))
-    for picture in (opaque, clear):
-        ImageDraw.Draw(picture).text(at, code, "black", font, embedded_color=True)
-    planes = [p.resize((64, 64), Image.Resampling.LANCZOS) for p in (*opaque.split(), clear.getchannel("A"))]
-    return np.stack([np.asarray(plane) for plane in planes])
 
 
 def _file(folder: Path, name: str) -> Path | None:
@@ -223,7 +161,8 @@ def _swissroll(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]
 
 BUILT_IN: dict[str, Callable[[Path | None], Source]] = {
     "digits": digits,
-    "emoji": emoji,
+    "emoji": partial(emoji, 64),
+    "emoji-32": partial(emoji, 32),
     "fashion-mnist": fashion_mnist,
     "mnist": mnist,
     "spoken-digits": spoken_digits,

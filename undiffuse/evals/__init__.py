@@ -25,6 +25,7 @@ from undiffuse.evals.memory import (
     suspects,
 )
 from undiffuse.evals.metrics import MEMORY, METRICS, Metric
+from undiffuse.evals.retrieval import retrieval
 from undiffuse.evals.support import Classes, classes, coverage, density, precision, recall, vendi, vendi_ratio
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "open_features",
     "precision",
     "recall",
+    "retrieval",
     "sliced",
     "sliced_estimate",
     "sliced_unbiased",
