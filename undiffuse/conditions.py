@@ -89,7 +89,7 @@ class Conditions:
 
 def _measured(source: Source, prepare: Prepare, columns: set[str], classes: int) -> dict[str, dict[str, Any]]:
     """The settings of encoders that follow from the data, by column."""
-    plain, seen, rates, dims = prepare.plain(), dict[str, list[Any]](), list[int](), 0
+    plain, seen, dims = prepare.plain(), dict[str, list[Any]](), 0
     for i in choice(source, _LOOKED_AT):
         try:
             example = plain(source.read(i), 0, 0)
@@ -99,7 +99,6 @@ def _measured(source: Source, prepare: Prepare, columns: set[str], classes: int)
         for column in columns:
             if values.get(column) is not None:
                 seen.setdefault(column, []).append(_size(values[column]))
-        rates += [int(values["rate"])] if "rate" in values else []
         dims = example.x.ndim - 1
     found = {}
     for column in columns:
@@ -107,7 +106,6 @@ def _measured(source: Source, prepare: Prepare, columns: set[str], classes: int)
             raise InputError(f"{source.name}: no sample that was looked at has anything in the column {column!r}")
         channels, most = (max(pair[k] for pair in sizes) for k in (0, 1))
         found[column] = {"dims": dims, "channels": channels, "classes": most + 1}
-        found[column] |= {"rate": max(rates, key=rates.count)} if rates else {}
     if "label" in found:
         found["label"]["classes"] = max(classes, found["label"]["classes"])
     return found

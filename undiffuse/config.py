@@ -196,7 +196,7 @@ FROM_DATA = {
 }  # of networks: set by data or objective
 
 
-MEASURED = ("classes", "channels", "dims", "rate")  # settings of encoders that follow from the data unless stated
+MEASURED = ("classes", "channels", "dims")  # settings of encoders that follow from the data unless stated
 _OF_ANY: dict[str, tuple[Any, Any]] = {"column": (str, ""), "alone": (float, 0.1)}  # settings of every condition
 
 

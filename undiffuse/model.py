@@ -308,8 +308,7 @@ class Model:
             given = self.given(n, given) if given else None
         cond = self.cond(label, n) if given is None else given
         if isinstance(cond, Given) and self.encoders is not None:
-            with torch.no_grad():
-                cond = self.encoders.ahead(cond.to(self.device), self.shape[1:])
+            cond = self._ahead(self.encoders, cond.to(self.device), use.rows if rows is None else rows)
         if guidance is None:
             guidance = 1.0 if cond is None else self.config.build("guidance")
         if plan is None:
@@ -332,6 +331,15 @@ class Model:
             device=self.device,
         )
         return self.restore(x)
+
+    @torch.no_grad()
+    def _ahead(self, encoders: Encoders, given: Given, rows: int) -> Given:
+        """The conditions encoded once, by calls of `rows` rows each, if any, as the network's are (see `FixedRows`)."""
+        if not rows:
+            return encoders.ahead(given, self.shape[1:])
+        index = torch.arange(-(-len(given) // rows) * rows).clamp(max=len(given) - 1)
+        parts = [encoders.ahead(given[part], self.shape[1:]) for part in index.split(rows)]
+        return Given.cat(parts)[: len(given)]
 
     def auto(
         self,

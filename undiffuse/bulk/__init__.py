@@ -67,8 +67,9 @@ def bulk(
     the length of another average of the weights (`Model.load`); `settings` such as {"solver": "ddim", "sample":
     {"steps": 10}} win over the run's. Under torchrun or `accelerate launch` the processes share the work;
     `engine="ray"` spreads it over `workers` actors of Ray Data (default: one for each CPU or GPU). Sample k is
-    bit-equal for all of these, on one kind of device with `threads` threads a process. Raises InputError for settings that cannot be and for folders that are not this job's, NonFinite for samples that
-    are not finite, Lost if another process failed, OSError for a full disk.
+    bit-equal for all of these, on one kind of device with `threads` threads a process. Raises InputError for settings
+    that cannot be and for folders that are not this job's, NonFinite for samples that are not finite, Lost if another
+    process failed, OSError for a full disk.
     """
     model = Model.load(run, ema)
     settings = dict(settings or {})

@@ -147,6 +147,7 @@ class PretrainedAudio:
     seconds: float = 10.0
     cache: str = ""
     spatial = 0
+    reads = "audio"
 
     def __post_init__(self) -> None:
         if not self.name.strip() or self.rate < 1 or not 0 < self.seconds < math.inf:
