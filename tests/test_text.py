@@ -64,7 +64,9 @@ def test_what_is_masked_out_has_no_effect_exactly():
     encoders = bytes_()
     given = encoders(text=TEXTS)
     whole, read = encoders.encoded(given, ()), given.reads["text"]
-    junk = torch.where(read.tensors["mask"][..., None], read.tensors["bytes"], torch.full_like(read.tensors["bytes"], 77))
+    junk = torch.where(
+        read.tensors["mask"][..., None], read.tensors["bytes"], torch.full_like(read.tensors["bytes"], 77)
+    )
     spoilt = encoders.modules_by_name["text"]({**read.tensors, "bytes": junk}, ())
     assert torch.equal(spoilt.tokens, whole.tokens)
     assert torch.equal(spoilt.vector, whole.vector)

@@ -32,6 +32,7 @@ from undiffuse import demo as demo_module
 from undiffuse import evaluation, plot
 from undiffuse.certify import Certificate
 from undiffuse.certify import certify as measure
+from undiffuse.cond import ENCODERS
 from undiffuse.config import DEFAULTS, KINDS, Config, fields, parse_overrides
 from undiffuse.data.source import digest
 from undiffuse.denoise import Counter
@@ -633,8 +634,8 @@ def evaluate(
         return _dry(config, as_json)
     if nfe is not None or plan is not None:
         _no_more_than_a_plan(nfe, plan, layer)
-    kept = _planned(nfe, plan, model, run, config, bool(model.classes), as_json)
-    table, name = None if kept is None else kept.plan, _how(config, bool(model.classes), nfe, plan)
+    kept = _planned(nfe, plan, model, run, config, model.conditional, as_json)
+    table, name = None if kept is None else kept.plan, _how(config, model.conditional, nfe, plan)
     settings = [*(config.values[key] for key in bulk_module.SETTINGS), asdict(choices), str(plan), ema]
     settings += [] if nfe is None else [nfe]
     folder = out if out is not None else _own_folder(run, "evaluations") / f"{name}-{digest(json.dumps(settings))[:6]}"
@@ -731,7 +732,7 @@ def info(
         _dry(Config.resolve(), as_json)
         if not as_json:
             print("\n# kinds and their settings")
-            for family, kinds in KINDS.items():
+            for family, kinds in {**KINDS, "cond.NAME": ENCODERS}.items():
                 for name, kind in kinds.items():
                     settings = {k: d for k, (_, d) in fields(kind).items()}
                     shown = ", ".join(f"{k}={'?' if d is ... else d}" for k, d in settings.items())
@@ -749,13 +750,14 @@ def info(
             "data_std": round(model.spectrum.std, 4),
             "steps": model.config.values["train"]["steps"],
         }
+        facts |= {f"cond.{name}": repr(e) for name, e in model.encoders.encoders.items()} if model.encoders else {}
         return _say(as_json, facts, "\n".join(f"{k:>11}: {v}" for k, v in facts.items()))
     solvers = {
         name: {"order": kind().global_order, "calls_per_step": kind().calls, "class": getattr(kind, "__name__", name)}
         for name, kind in KINDS["solver"].items()
     }
     others = {family: sorted(kinds) for family, kinds in KINDS.items() if family != "solver"}
-    others["models"] = list(shipped())
+    others |= {"encoders": sorted(ENCODERS), "models": list(shipped())}
     if as_json:
         print(json.dumps({"version": undiffuse.__version__, "torch": torch.__version__, "solver": solvers, **others}))
         return

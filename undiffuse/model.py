@@ -105,7 +105,8 @@ class Model:
     shown_with: Given | None = None
 
     def __repr__(self) -> str:
-        return f"Model({self.parameters:,} parameters, shape {self.shape}, {self.classes} classes)"
+        told = f"{self.classes} classes" if self.encoders is None else f"told {', '.join(self.encoders.encoders)}"
+        return f"Model({self.parameters:,} parameters, shape {self.shape}, {told})"
 
     @property
     def average(self) -> str:
