@@ -339,7 +339,7 @@ class Model:
         if not rows:
             return encoders.ahead(given, self.shape[1:])
         index = torch.arange(-(-len(given) // rows) * rows).clamp(max=len(given) - 1)
-        parts = [encoders.ahead(given[part], self.shape[1:]) for part in index.split(rows)]
+        parts = [encoders.ahead(given[index[i : i + rows]], self.shape[1:]) for i in range(0, len(index), rows)]
         return Given.cat(parts)[: len(given)]
 
     def auto(
