@@ -2,6 +2,7 @@
 
 import json
 import wave as waves
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,6 +131,28 @@ def test_batches_of_files_have_the_conditions_of_data_in_memory(folder):
     assert torch.equal(rows[0].x, rows[1].x)
     filled = type(rows[0].cond).cat([rows[0].cond, rows[1].cond])  # sequences to one length
     assert same(filled[:7], filled[7:])
+
+
+def test_batches_without_a_condition_have_it_as_null_with_the_encoder_at_work(folder):
+    data = RunData.of(config_of(folder))
+    feed = data.feed(config_of(folder).section("data"), config_of(folder).section("engine"), 0, folder.parent / "bad")
+    batch = next(iter(RunData.of(config_of(folder, data={"name": str(folder), "memory_mb": 0})).feed(
+        config_of(folder).section("data"), config_of(folder).section("engine"), 0, folder.parent / "bad"
+    ).feed.steps(1, 1, 4)))  # fmt: skip
+    bare = replace(batch, columns={k: v for k, v in batch.columns.items() if k not in ("text", "audio")}, labels=None)
+    bare.columns["label"] = [0, None, 1, None]
+    given = data.conditions(bare)
+    assert set(given.reads) == set(COND)
+    assert given.reads["label"].there.tolist() == [True, False, True, False]
+    assert not given.reads["text"].there.any()
+    assert not given.reads["sound"].there.any()
+    encoders = data.conditions.fresh()
+    told, null = (encoders.encoded(g, (SIDE, SIDE)) for g in (given, given.only(())))
+    assert not told.tokens_mask[:, : given.reads["text"].tensors["bytes"].shape[1]].any()
+    told.tokens.sum().backward()
+    assert all(p.grad is not None for n, p in encoders.named_parameters() if "modules_by_name.text" in n)
+    assert not null.vector.any()
+    assert next(iter(feed.steps(1, 1, 4))).cond.reads.keys() == given.reads.keys()
 
 
 def test_maps_and_pictures_of_the_samples_size_are_cropped_and_flipped_with_it(folder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ _LOOKED_AT = 1000  # samples from which settings of encoders are measured
 @dataclass(frozen=True, eq=False)
 class Conditions:
     """How batches of data become conditions: labels 0 ... classes - 1 as `Label` encodes them, or, with `encoders` by
-    name, the `columns` of the data that these read. `prepare` is how the data are."""
+    name, the `columns` of the data that these read. `prepare` is how the data are, and `examples` has a value, and the
+    rate of a sound, of each column."""
 
     classes: int
     encoders: Encoders | None
     columns: Mapping[str, str]
     prepare: Prepare
+    examples: Mapping[str, tuple[Any, int | None]] = field(default_factory=dict)
 
     @staticmethod
     def of(config: Config, source: Source, prepare: Prepare, classes: int) -> Conditions:
@@ -48,10 +50,10 @@ class Conditions:
                 hint = did_you_mean(column, there)
                 todo = f"{hint} {source.name} has the columns {', '.join(there)}: set cond.{name}.column"
                 raise InputError(f"cond.{name}: no column is called {column!r}: {todo}")
-        found = _measured(source, prepare, set(every.values()), classes)
+        found, examples = _measured(source, prepare, set(every.values()), classes)
         encoders = config.encoders({name: found[column] for name, column in every.items()})
         label = encoders.encoders.get("label") if encoders else None
-        return Conditions(label.classes if isinstance(label, Label) else 0, encoders, every, prepare)
+        return Conditions(label.classes if isinstance(label, Label) else 0, encoders, every, prepare, examples)
 
     def fresh(self) -> Encoders | None:
         """New encoders of the same settings, for a network."""
@@ -62,14 +64,16 @@ class Conditions:
         if self.encoders is None:
             return None if batch.labels is None else Label(self.classes)(batch.labels)
         values = {name: self._values(name, column, batch) for name, column in self.columns.items()}
+        there = {name for name, each in values.items() if each is not None}
+        for name in values.keys() - there:  # its encoder has work in every batch, so that processes agree on gradients
+            value, rate = self.examples[self.columns[name]]
+            values[name] = [self._heard(name, value, rate)] * len(batch)
         given: Given = self.encoders(**values)
-        return given
+        return given.only(there)
 
     def told(self, data: Data) -> Cond | Given | None:
         """The conditions of data in memory, as they were read with them."""
-        if self.encoders is not None:
-            return data.cond  # type: ignore[no-any-return]
-        return None if data.labels is None else Label(self.classes)(data.labels)
+        return told(data, self.classes, self.encoders)
 
     def _values(self, name: str, column: str, batch: Batch) -> Any:
         if column == SELF:
@@ -79,17 +83,34 @@ class Conditions:
         values = batch.columns.get(column)
         if values is None or all(v is None for v in values):
             return None
+        rates = batch.columns.get("rate", [None] * len(batch))
+        return [None if v is None else self._heard(name, v, r) for v, r in zip(values, rates, strict=True)]
+
+    def _heard(self, name: str, value: Any, rate: int | None) -> Any:
+        """The value, a sound at its encoder's rate."""
         assert self.encoders is not None
-        rate = getattr(self.encoders.encoders[name], "rate", None)
-        if rate is None or "rate" not in batch.columns:
-            return list(values)
-        rates = batch.columns["rate"]
-        return [None if v is None else resampled(v, r or rate, rate) for v, r in zip(values, rates, strict=True)]
+        wanted = getattr(self.encoders.encoders[name], "rate", None)
+        return value if rate is None or wanted is None else resampled(value, rate, wanted)
 
 
-def _measured(source: Source, prepare: Prepare, columns: set[str], classes: int) -> dict[str, dict[str, Any]]:
-    """The settings of encoders that follow from the data, by column."""
+def told(data: Data, classes: int, encoders: Encoders | None) -> Cond | Given | None:
+    """The conditions that belong to samples: those of `encoders` are `Data.cond`; without, labels of `classes`, if any.
+
+    InputError where there are encoders, and the data were read without them.
+    """
+    if encoders is None:
+        return None if data.labels is None or not classes else Label(classes)(data.labels)
+    if data.cond is None:
+        raise InputError(f"{data.name} was read without the conditions {', '.join(encoders.encoders)}")
+    return data.cond  # type: ignore[no-any-return]
+
+
+def _measured(
+    source: Source, prepare: Prepare, columns: set[str], classes: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[Any, int | None]]]:
+    """The settings of encoders that follow from the data, and a value, by column."""
     plain, seen, dims = prepare.plain(), dict[str, list[Any]](), 0
+    examples = dict[str, tuple[Any, int | None]]()
     for i in choice(source, _LOOKED_AT):
         try:
             example = plain(source.read(i), 0, 0)
@@ -99,6 +120,7 @@ def _measured(source: Source, prepare: Prepare, columns: set[str], classes: int)
         for column in columns:
             if values.get(column) is not None:
                 seen.setdefault(column, []).append(_size(values[column]))
+                examples.setdefault(column, (values[column], values.get("rate") if column != SELF else None))
         dims = example.x.ndim - 1
     found = {}
     for column in columns:
@@ -108,7 +130,7 @@ def _measured(source: Source, prepare: Prepare, columns: set[str], classes: int)
         found[column] = {"dims": dims, "channels": channels, "classes": most + 1}
     if "label" in found:
         found["label"]["classes"] = max(classes, found["label"]["classes"])
-    return found
+    return found, examples
 
 
 def _size(value: Any) -> tuple[int, int]:

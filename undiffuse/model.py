@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from undiffuse.cond import Cond, Conditioned, Encoders, Given, Label, prompt
-from undiffuse.conditions import value_of
+from undiffuse.conditions import told, value_of
 from undiffuse.config import Config
 from undiffuse.data import Data, Statistics
 from undiffuse.denoise import Denoiser
@@ -166,11 +166,7 @@ class Model:
 
         InputError where this model has conditions by name, and the data were read without.
         """
-        if self.encoders is None:
-            return None if data.labels is None or not self.classes else self.cond(data.labels, len(data))
-        if data.cond is None:
-            raise InputError(f"{data.name} was read without the conditions {', '.join(self.encoders.encoders)}")
-        return data.cond  # type: ignore[no-any-return]
+        return told(data, self.classes, self.encoders)
 
     def examples(self, indices: Sequence[int]) -> Cond | Given:
         """Conditions of samples with these numbers: all classes in turn, or the held-out conditions that are kept with

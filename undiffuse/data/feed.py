@@ -24,7 +24,8 @@ _IN_A_ROW = 1000  # unreadable samples one after the other, after which there is
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One process's rows of a global batch: x (b, channels, *size), labels (b,) or None, a list per other column.
+    """One process's rows of a global batch: x (b, channels, *size), labels (b,) or, unless all have one, None (then they
+    are in the column `label`), a list per other column.
 
     `ids` (b,) are sample numbers, `index` (b,) global indices; `cond` are rows of a condition computed beforehand.
     """
@@ -90,10 +91,13 @@ def stack(name: str, found: list[tuple[int, Example]], index: Tensor) -> Batch:
         raise InputError(shapes_differ(name, shapes[0], shapes[1]))
     labels = [e.label for e in examples if e.label is not None]
     keys = {key: None for e in examples for key in e.columns}
+    columns: dict[str, list[Any]] = {key: [e.columns.get(key) for e in examples] for key in keys}
+    if 0 < len(labels) < len(examples):
+        columns["label"] = [e.label for e in examples]
     return Batch(
         torch.stack([e.x for e in examples]),
         torch.tensor(labels) if len(labels) == len(examples) else None,
-        {key: [e.columns.get(key) for e in examples] for key in keys},
+        columns,
         torch.tensor([i for i, _ in found]),
         index,
     )
