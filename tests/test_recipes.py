@@ -21,9 +21,9 @@ from conditions import KIND, KINDS, RECIPES, held_out
 # samples to train on; steps of 32; and how far each score at w = 1 must be above that of shuffled conditions
 SIZE = {
     "class": (0, 150, {"read as asked": 0.4}),
-    "text": (400, 150, {"colour": 0.3}),
+    "text": (400, 100, {"colour": 0.3}),
     "image": (400, 40, {"correlation": 0.7, "colour": 0.4}),
-    "depth": (400, 60, {"correlation": 0.3, "iou": 0.5}),
+    "depth": (400, 60, {"correlation": 0.25, "iou": 0.1}),
     "segmentation": (400, 40, {"iou": 0.3}),
     "audio": (0, 200, {"read as asked": 0.3}),
 }

@@ -24,9 +24,9 @@ _IN_A_ROW = 1000  # unreadable samples one after the other, after which there is
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One process's rows of a global batch: x (b, channels, *size), labels (b,) or, unless all have one, None (then they
-    are in the column `label`), a list per other column.
+    """One process's rows of a global batch: x (b, channels, *size), labels (b,) or None, a list per other column.
 
+    Where some samples have a label and others none, labels are None, and the column `label` has those that are there.
     `ids` (b,) are sample numbers, `index` (b,) global indices; `cond` are rows of a condition computed beforehand.
     """
 
