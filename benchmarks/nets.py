@@ -213,13 +213,13 @@ def measure(case: Case, precision: str, what: str, compiled: bool, seconds: floa
     return [statistics.median(t) for t in times], statistics.median(b / a for a, b in zip(*times, strict=True))
 
 
-def cells(only: str) -> Iterator[tuple[Case, str, str, str]]:
-    """(case, what, precision, mode) to be measured."""
+def cells(only: str, every: bool) -> Iterator[tuple[Case, str, str, str]]:
+    """(case, what, precision, mode) to be measured; training steps compiled, which takes minutes each, with `every`."""
     precisions = ["float32", *(["bf16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [])]
     for case in CASES:
         for what in ("forward", "step"):
             for precision in precisions:
-                for mode in ("eager", "compiled"):
+                for mode in ("eager", "compiled") if every or what == "forward" else ("eager",):
                     if only in f"{case.name} {what} {precision} {mode}":
                         yield case, what, precision, mode
 
@@ -227,12 +227,13 @@ def cells(only: str) -> Iterator[tuple[Case, str, str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="measure only what contains this, and write nothing")
+    parser.add_argument("--all", action="store_true", help="training steps compiled, too, which takes an hour")
     parser.add_argument("--seconds", type=float, default=6.0, help="for each pair")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows, base, known = [], dict[tuple[str, str], float](), dict[str, tuple[list[float], list[float]]]()
-    for case, what, precision, mode in cells(options.only):
+    for case, what, precision, mode in cells(options.only, options.all):
         if case.name not in known:
             nets = (case.ours(), case.theirs())
             known[case.name] = flops(case), [sum(p.numel() for p in net.parameters()) / 1e6 for net in nets]

@@ -46,7 +46,7 @@ class Transformer(nn.Module):
         h, rotation = context.tokens, rotary((x.shape[1],), x.shape[2] // self.heads, 0, x)
         for layer in self.layers:
             h = layer(h, context.keys, rotation)
-        return pooled(self.norm(h), mask, weights)
+        return pooled(normed(h, self.norm), mask, weights)
 
 
 def pooled(tokens: Tensor, mask: Tensor, weights: Tensor | None = None) -> Cond:
