@@ -299,8 +299,8 @@ BAD = {
     "cond.type=bytes": "which PyTorch's modules use",
     "cond.words=bytes": "no column is called 'words'",
     "cond.txt=bytes": "did you mean 'text'",
-    "cond.text=depth": "text: expected arrays, got 'picture",
-    "cond.depth=bytes cond.depth.width=16": "cond.depth|depth: a text must be a string",
+    "cond.text=depth": "reads depth, and the column 'text' of all0 has text: take cond.text=bytes",
+    "cond.depth=bytes cond.depth.width=16": "reads text, and the column 'depth' of all0 has depth",
     "cond.low=picture cond.low.column=x augment=flip": "moves pictures and not the maps",
 }
 
@@ -322,8 +322,11 @@ def test_what_cannot_be_told_is_refused_with_what_to_do(words, folder, tmp_path)
         (["--depth", "none.png"], "is no file"),
         (["--given", "mask"], "expected NAME=VALUE"),
         (["--text", "a", "--weights", "text"], "expected NAME=WEIGHT"),
-        (["--text", "a", "--weights", "depth=2"], "no condition is called 'depth'"),
+        (["--text", "a", "--weights", "depth=2"], "no condition 'depth' was given"),
         (["--label", "c"], "no class is named 'c'"),
+        (["--text", "a", "--given", "text=b"], "give all its values by one of them"),
+        (["--text", "a", "--weights", "text=2", "guidance.w=3"], "leave out guidance, or --weights"),
+        (["settings.toml"], "--config"),
     ],
 )
 def test_words_that_mean_nothing_are_refused(words, message, trained, run):
@@ -351,3 +354,32 @@ def test_configured_encoders_are_those_of_python():
     assert Config.resolve({"cond": {"p": {"kind": "picture", "channels": 1}}}).encoder("p", {"channels": 3}) == Picture(
         1
     )
+
+
+def test_maps_of_a_folder_may_be_arrays_of_numpy(tmp_path):
+    g = np.random.default_rng(0)
+    lines = []
+    for i in range(12):
+        Image.fromarray(g.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(tmp_path / f"{i}.png")
+        np.save(tmp_path / f"{i}.npy", (3 * g.random((SIDE, SIDE))).astype(np.float32))
+        lines.append(json.dumps({"file_name": f"{i}.png", "depth": f"{i}.npy"}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    data = RunData.of(plain_config(tmp_path))
+    first = int(data.source.read(0).columns["depth"].stem)
+    expected = 1 - 2 * torch.from_numpy(np.load(tmp_path / f"{first}.npy")) / 3
+    assert torch.allclose(data.train.cond.reads["depth"].tensors["map"][0, 0], expected, atol=1e-6)
+
+
+def plain_config(folder):
+    return Config.resolve(
+        {"data": {"name": str(folder)}, "held_out": 4, "cond": {"depth": {"kind": "depth", "far": 3.0}}}
+    )
+
+
+def test_different_requests_have_files_of_different_names(trained, run, tmp_path):
+    names = set()
+    for words in (["--text", "a"], ["--text", "a", "--text", "b"], ["--text", "a", "--weights", "text=3"]):
+        code, out, _ = run("sample", trained, *words, "-n", 2, "--json")
+        assert code == 0
+        names.add(json.loads(out)["file"])
+    assert len(names) == 3

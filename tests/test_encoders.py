@@ -103,7 +103,7 @@ def test_null_only_drop_and_against():
     assert torch.equal(vector(other), whole)
     assert torch.equal(vector(other.null()), torch.eye(8)[[1] * 4])
     assert torch.equal(vector(other.only(["tags"])), torch.eye(8)[[1] * 4] + vector(given.only(["tags"])))
-    for wrong, why in ((lambda: given.only(["text"]), "no condition is called 'text'"), (
+    for wrong, why in ((lambda: given.only(["text"]), "no condition 'text' was given"), (
         lambda: encoders(tags=[[1]]).against(encoders(label=[1])), "label cannot be guided against"), (
         lambda: given.against(encoders(label=[1, 2])), "2 rows of label to guide 4")):  # fmt: skip
         with pytest.raises(InputError, match=why):

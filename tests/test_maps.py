@@ -177,7 +177,10 @@ def test_a_picture_to_be_varied_is_tokens_of_its_patches():
         (lambda: Depth().read(torch.full((1, 2, 2), torch.nan)), "NaN"),
         (lambda: Depth(0.0, 1.0, inverse=True), "0 < near < far"),
         (lambda: Depth(2.0, 1.0), "near < far"),
-        (lambda: Layout(3).read(torch.full((1, 2, 2), 3)), r"class 3 in a mask: there are 0 ... 2, or 255"),
+        (
+            lambda: Layout(3).read(torch.full((1, 2, 2), 3)),
+            r"class 3 in a mask: classes=3 are 0 ... 2, and 255 is unknown",
+        ),
         (lambda: Layout(3).read(torch.zeros(1, 2, 2)), "whole numbers"),
         (lambda: Layout(300), "without the unknown one"),
         (lambda: Picture(0), "channels >= 1"),

@@ -116,7 +116,7 @@ def test_negative_prompts_are_what_guidance_leads_away_from():
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: Bytes(length=3).read(["four"]), "4 bytes of text, 'four' .*: at most 3"),
+        (lambda: Bytes(length=3).read(["four"]), "4 bytes of text, 'four' .*: length=3 is the most"),
         (lambda: Bytes().read([3]), "a text must be a string, got 3"),
         (lambda: Bytes(width=130), "an even width"),
         (lambda: Bytes(depth=-1), "depth >= 0"),

@@ -223,7 +223,7 @@ def train(
     facts["samples_per_second"] = round(seen / seconds, 1)
     many = f" by {processes.world} processes" if processes.world > 1 else ""
     text = f"{model.parameters:,} parameters, {seen:,} samples in {seconds:.0f} s{many}. Next: undiffuse sample {out}"
-    _say(as_json, facts, text if last else f"{out} was finished before. Next: undiffuse sample {out}")
+    _say(as_json, facts, text if last else f"{out} is finished, no step was left. Next: undiffuse sample {out}")
 
 
 @app.command()
@@ -279,7 +279,9 @@ def sample(
     named = {"text": prompts, "image": image, "depth": depth, "segmentation": segmentation, "audio": audio}
     words = _words(named, given)
     if weights is not None:
-        layer["guidance"] = {**_composed(weights), **layer.get("guidance", {})}
+        if "guidance" in layer:
+            raise InputError("--weights has a guidance weight for each condition: leave out guidance, or --weights")
+        layer["guidance"] = _composed(weights)
     n = _number(number, layer)
     if n is not None and isinstance(layer.setdefault("sample", {}), dict):
         layer["sample"]["n"] = n
@@ -451,6 +453,8 @@ def _words(named: dict[str, list[str] | None], given: list[str] | None) -> dict[
         name, equals, value = word.partition("=")
         if not equals or not name:
             raise InputError(f"--given {word!r}: expected NAME=VALUE, such as style=picture.png")
+        if named.get(name):
+            raise InputError(f"{name} is given by --{name} and by --given: give all its values by one of them")
         words.setdefault(name, []).append(value)
     return words
 
@@ -466,9 +470,15 @@ def _composed(weights: str) -> dict[str, Any]:
 
 
 def _slug(label: str | None, words: dict[str, list[str]]) -> str:
-    """What samples were given, in a file's name."""
-    parts = [] if label is None else [re.sub(r"[^\w-]+", "_", label)]
-    parts += [re.sub(r"[^\w-]+", "_", Path(each[0]).name)[:40] for name, each in words.items() if name != "label"]
+    """What samples were given, in a file's name: the start of each condition, and a hash of all of them."""
+
+    def plain(word: str) -> str:
+        return re.sub(r"[^\w-]+", "_", word).strip("_")
+
+    parts = [] if label is None else [plain(label)]
+    named = {name: each for name, each in words.items() if name != "label"}
+    parts += [f"{name}-{plain(Path(each[0]).name)[:32]}" for name, each in named.items()]
+    parts += [digest(json.dumps(named))[:6]] if named else []
     return "-".join(parts) or "any"
 
 
@@ -508,8 +518,9 @@ def _weight(config: Config, guided: bool) -> str:
     values = config.values["guidance"]
     if not guided or "w" not in values:
         return ""
-    each = values["w"] if isinstance(values["w"], list) else [values["w"]]
-    return "-w" + "-".join(f"{w:g}" for w in each)
+    if isinstance(values["w"], list):
+        return "".join(f"-w_{name}{w:g}" for name, w in zip(values["names"], values["w"], strict=True))
+    return f"-w{values['w']:g}"
 
 
 def _no_more_than_a_plan(nfe: int | None, plan: Path | None, layer: dict[str, Any]) -> None:

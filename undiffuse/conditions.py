@@ -47,10 +47,18 @@ class Conditions:
         there += ["label"] if source.classes and "label" not in there else []
         for name, column in every.items():
             if column not in there:
-                hint = did_you_mean(column, there)
-                todo = f"{hint} {source.name} has the columns {', '.join(there)}: set cond.{name}.column"
-                raise InputError(f"cond.{name}: no column is called {column!r}: {todo}")
+                known = f"{source.name} has the columns {', '.join(there)}: set cond.{name}.column"
+                hint = f"{did_you_mean(column, there)} {known}".lstrip()
+                raise InputError(f"cond.{name}: no column is called {column!r}: {hint}")
         found, examples = _measured(source, prepare, set(every.values()), classes)
+        for name, column in every.items():
+            kind, has = config.values["cond"][name]["kind"], _modality(examples[column][0])
+            reads = config.encoder(name, {"classes": 1, **found[column]}).reads
+            if has and reads not in has:
+                raise InputError(
+                    f"cond.{name}={kind} reads {reads}, and the column {column!r} of {source.name} has "
+                    f"{' or '.join(has)}: take cond.{name}={' or '.join(USUAL[h] for h in has if h in USUAL)}"
+                )
         encoders = config.encoders({name: found[column] for name, column in every.items()})
         label = encoders.encoders.get("label") if encoders else None
         return Conditions(label.classes if isinstance(label, Label) else 0, encoders, every, prepare, examples)
@@ -68,7 +76,15 @@ class Conditions:
         for name in values.keys() - there:  # its encoder has work in every batch, so that processes agree on gradients
             value, rate = self.examples[self.columns[name]]
             values[name] = [self._heard(name, value, rate)] * len(batch)
-        given: Given = self.encoders(**values)
+        try:
+            given: Given = self.encoders(**values)
+        except InputError:
+            for k, i in enumerate(batch.ids.tolist()):  # which sample it is
+                try:
+                    self.encoders(**{name: each[k : k + 1] for name, each in values.items() if each[k] is not None})
+                except InputError as error:
+                    raise InputError(f"sample {i} of the data: {error}") from error
+            raise
         return given.only(there)
 
     def told(self, data: Data) -> Cond | Given | None:
@@ -133,6 +149,17 @@ def _measured(
     return found, examples
 
 
+def _modality(value: Any) -> tuple[str, ...]:
+    """What kinds of values a value may be of; none where that cannot be said."""
+    if isinstance(value, str):
+        return ("text",)
+    if isinstance(value, int | np.integer):
+        return ("label",)
+    if not hasattr(value, "shape"):
+        return ()
+    return ("depth", "segmentation", "picture") if len(value.shape) > 1 else ("audio", "label")
+
+
 def _size(value: Any) -> tuple[int, int]:
     """(channels of an array, the highest class in a value): -1 for none."""
     if isinstance(value, str | bytes | Path) or value is None:
@@ -167,7 +194,7 @@ def value_of(name: str, encoder: Encoder, word: str, number: Callable[[str], int
         return [number(part.strip()) for part in word.split("+")]
     path = Path(word).expanduser()
     if not path.is_file():
-        kind = "a sound file" if encoder.reads == "audio" else "a picture's file, or a .npy of an array"
+        kind = "a sound's file" if encoder.reads == "audio" else "a picture's file, or a .npy of an array"
         raise InputError(f"{name}: {word!r} is no file; expected {kind}")
     try:
         if encoder.reads == "audio":

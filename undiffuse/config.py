@@ -420,7 +420,8 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
-            raise InputError(f"{word!r} is not an override: write key=value, such as net.width=96 or solver=ddim")
+            file = "; a file of settings is given by --config" if word.endswith(".toml") else ""
+            raise InputError(f"{word!r} is not an override: write key=value, such as net.width=96 or solver=ddim{file}")
         try:
             value = tomllib.loads(f"v = {text}")["v"]
         except tomllib.TOMLDecodeError:

@@ -197,10 +197,8 @@ class Model:
         known = self.encoders.encoders
         for name in words:
             if name not in known:
-                hint = did_you_mean(name, list(known))
-                raise InputError(
-                    f"this model has no condition {name!r}: " + f"{hint} it has {', '.join(known)}".lstrip()
-                )
+                there = f"{did_you_mean(name, list(known))} it has {', '.join(known)} (--given NAME=VALUE gives any)"
+                raise InputError(f"this model has no condition {name!r}: {there.lstrip()}")
         parts = []
         for name, each in words.items():
             if name == "label" and self.classes:

@@ -183,7 +183,7 @@ def test_an_interval_and_levels_of_their_own_and_a_learned_variance():
         (lambda: Composed(("row",), (math.inf,)), "finite"),
         (lambda: Composed(("row",), (2.0,), "product"), "nested or sum"),
         (lambda: Composed(("row",), (2.0,), lam_min=1, lam_max=0), "interval"),
-        (lambda: Composed(("text",), (2.0,))(exact, GIVEN), "no condition is called 'text'"),
+        (lambda: Composed(("text",), (2.0,))(exact, GIVEN), "no condition 'text' was given"),
         (lambda: Composed(("row",), (2.0,))(exact, Cond(vector=torch.zeros(1, 2))), "conditions by name"),
     ],
 )

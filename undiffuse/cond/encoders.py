@@ -131,7 +131,10 @@ class Encoders(nn.Module):
             return Cond(**read.tensors)
         if name not in self.encoders:
             raise InputError(f"no condition is called {name!r}: this model has {', '.join(self.encoders)}")
-        part: Cond = self.modules_by_name[name](read.tensors, size)
+        try:
+            part: Cond = self.modules_by_name[name](read.tensors, size)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
         if name in self.kinds and part.tokens is not None:
             layer: Any = self.kinds[name]
             part = replace(part, tokens=layer(part.tokens.to(layer.weight.dtype)))

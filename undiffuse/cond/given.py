@@ -89,7 +89,7 @@ class Given:
         """These conditions, with the others null; InputError for a name that is not among them."""
         for name in names:
             if name not in self.reads:
-                raise InputError(f"no condition is called {name!r}: given are {', '.join(self.reads) or 'none'}")
+                raise InputError(f"no condition {name!r} was given, but {', '.join(self.reads) or 'none'}")
         gone = [name for name in self.reads if name not in names]
         nothing = self._without({name: torch.ones_like(self.reads[name].there) for name in gone})
         return replace(nothing, reads={**nothing.reads, **{k: v for k, v in self.instead.items() if k in gone}})

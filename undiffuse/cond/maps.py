@@ -198,7 +198,8 @@ class Layout:
         wrong = ((x < 0) | (x >= self.classes)) & (x != self.unknown)
         if bool(wrong.any()):
             raise InputError(
-                f"class {int(x[wrong][0])} in a mask: there are 0 ... {self.classes - 1}, or {self.unknown}"
+                f"class {int(x[wrong][0])} in a mask: classes={self.classes} are 0 ... {self.classes - 1}, and "
+                f"{self.unknown} is unknown"
             )
         ones = one_hot(torch.where(x == self.unknown, self.classes, x), self.classes + 1)[..., :-1]
         return {"map": ones.movedim(-1, 1).bool()}

@@ -57,7 +57,7 @@ class Bytes:
         codes, weights = [], []
         for given in map(plain, values):
             if (many := len(given.text.encode())) > self.length:
-                raise InputError(f"{many} bytes of text, {given.text[:40]!r} ...: at most {self.length} are read")
+                raise InputError(f"{many} bytes of text, {given.text[:40]!r} ...: length={self.length} is the most")
             tokens = self._tokens(given)
             padded = [[code + 1 for code, _ in token] + [0] * (self.chunk - len(token)) for token in tokens]
             codes.append(torch.tensor(padded, dtype=torch.int16).reshape(-1, self.chunk))

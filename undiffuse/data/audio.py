@@ -58,7 +58,7 @@ def _other(data: bytes) -> tuple[np.ndarray, int]:
     try:
         soundfile: Any = importlib.import_module("soundfile")
     except ImportError as error:
-        raise InputError("sound other than PCM .wav needs soundfile: pip install soundfile") from error
+        raise InputError("this is no PCM .wav; sounds of other kinds need soundfile: pip install soundfile") from error
     info = soundfile.info(io.BytesIO(data))
     if info.frames * info.channels * 4 > LIMIT:
         raise ValueError(f"{info.frames} frames of {info.channels} channels are above {LIMIT >> 20} MiB")

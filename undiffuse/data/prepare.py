@@ -216,11 +216,22 @@ def _proportional(found: np.ndarray, x: np.ndarray) -> bool:
     return abs(math.log(found.shape[1] / found.shape[2] * x.shape[2] / x.shape[1])) <= 0.05
 
 
+def stored(value: bytes | Path, where: str, indices: bool = False) -> np.ndarray:
+    """A picture (channels, height, width), or the array of a .npy file. Raises Unreadable."""
+    if not isinstance(value, Path) or value.suffix.lower() != ".npy":
+        return decode(value, where, indices=indices)
+    try:
+        found: np.ndarray = np.load(value, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise Unreadable(where, str(error)) from error
+    return found
+
+
 def _map(value: Stored, x: np.ndarray, where: str, indices: bool = False) -> np.ndarray:
     """A map (c, height, width) that fits the picture."""
     if not isinstance(value, (bytes, Path, np.ndarray)):
         raise Unreadable(where, f"expected a file or an array, got {value!r}")
-    found = value if isinstance(value, np.ndarray) else decode(value, where, indices=indices)
+    found = value if isinstance(value, np.ndarray) else stored(value, where, indices)
     found = found[None] if found.ndim == x.ndim - 1 else found
     if found.ndim != x.ndim or (x.ndim != 3 and found.shape[1:] != x.shape[1:]):
         raise Unreadable(where, f"shape {found.shape} does not fit a sample of shape {x.shape}")

@@ -9,37 +9,26 @@ from typing import Any
 import numpy as np
 
 from undiffuse.data.audio import decode_audio
-from undiffuse.data.picture import decode, to_float, with_channels
-from undiffuse.data.prepare import as_depth
+from undiffuse.data.picture import to_float, with_channels
+from undiffuse.data.prepare import as_depth, stored
 from undiffuse.types import InputError
-
-
-def _stored(path: Path, indices: bool = False) -> np.ndarray:
-    """A picture, or an array of a .npy file."""
-    if path.suffix != ".npy":
-        return decode(path, str(path), indices=indices)
-    try:
-        found: np.ndarray = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    return found
 
 
 def read_picture(path: Path, channels: int = 0) -> np.ndarray:
     """(channels, ...) float32 in [-1, 1] of a picture, with so many channels (0: as stored, transparency on white)."""
-    found = _stored(path)
+    found = stored(path, str(path))
     return to_float(with_channels(found, channels or (3 if len(found) == 4 else 0), str(path)))
 
 
 def read_depth(path: Path) -> np.ndarray:
     """(1, height, width) float32: whole numbers are shares of their type's largest, floats stay."""
-    found = _stored(path)
+    found = stored(path, str(path))
     return as_depth(found[None] if found.ndim == 2 else found, str(path))
 
 
 def read_segmentation(path: Path) -> np.ndarray:
     """(height, width) whole numbers; of a palette the numbers of its colours."""
-    found = _stored(path, indices=True)
+    found = stored(path, str(path), indices=True)
     found = found[0] if found.ndim == 3 and len(found) == 1 else found
     if found.ndim != 2 or found.dtype.kind not in "iu":
         raise InputError(f"{path}: {found.dtype} of shape {found.shape}; expected one channel of class numbers")

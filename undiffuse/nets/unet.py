@@ -75,7 +75,8 @@ class UNet(nn.Module):
         check_settings(least and transformer >= 0, "UNet", needs, dims, numbers, conditions, dropout)
         for name, levels in (("attention", attention), ("cross", cross)):
             if any(level not in range(len(mults)) for level in levels):
-                raise InputError(f"UNet {name} names levels {tuple(levels)}; there are 0 ... {len(mults) - 1}")
+                there = f"0 ... {len(mults) - 1}, one for each of mults={list(mults)}"
+                raise InputError(f"UNet {name} names levels {tuple(levels)}; there are {there}")
         if resample not in ("conv", "residual"):
             raise InputError(f"UNet resample must be conv or residual, got {resample!r}")
         self.channels, self.dims, self.patch = channels, dims, patch
