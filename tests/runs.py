@@ -1,6 +1,7 @@
 """Runs that tests start in one process and in several."""
 
 import contextlib
+import json
 import os
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from undiffuse import VP, Denoiser, EDMPrecond, Label, V
@@ -59,6 +61,29 @@ def run(data, out, stop=None, workers=0, **more):
     with contextlib.suppress(Stop), mock.patch("undiffuse.plot.plot_curves"):  # which takes most of the time
         fit(settings(data, out, workers, **more), progress, log_every=2, processes=Processes.start("cpu"))
     return seen
+
+
+def write_told(folder):
+    """30 pictures with labels, of which three have a text."""
+    g, lines = np.random.default_rng(0), []
+    for i in range(30):
+        Image.fromarray(g.integers(0, 256, (8, 8), np.uint8)).save(folder / f"{i}.png")
+        text = {"text": f"number {i}"} if i % 10 == 0 else {}
+        lines.append(json.dumps({"file_name": f"{i}.png", "label": "ab"[i % 2], **text}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+def run_told(folder, out):
+    """The losses of a run whose batches, read from files, mostly lack a text, by step."""
+    torch.set_num_threads(1)
+    cond = {"text": {"kind": "bytes", "width": 16, "depth": 1}, "label": "label"}
+    layer = {"data": {"name": folder, "memory_mb": 0}, "cond": cond, "out": str(out), "eval": {"every": 0}}
+    found = {}
+    with mock.patch("undiffuse.plot.plot_curves"):
+        config = Config.resolve(SETTINGS, layer, {"net": {"dropout": 0.0}})
+        fit(config, lambda state, _: found.update({state.step: state.loss}), processes=Processes.start("cpu"))
+    return found
 
 
 def run_everywhere(data, root, workers):

@@ -11,6 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from scipy.signal import resample_poly
 
+from tests import runs
+from tests.group import together
 from undiffuse.bulk import bulk
 from undiffuse.cond import Audio, Bytes, Depth, Encoders, Layout, Picture
 from undiffuse.conditions import Conditions, unread
@@ -213,6 +215,15 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(trained, folder, tmp
     fit(config)
     one, other = (Model.load(path).denoiser.state_dict() for path in (trained, out))
     assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_two_processes_of_which_one_has_no_text_do_what_one_does(tmp_path):
+    (tmp_path / "data").mkdir()
+    data = runs.write_told(tmp_path / "data")
+    losses = runs.run_told(data, tmp_path / "one")
+    assert len(losses) == runs.STEPS
+    for found in together(runs.run_told, data, tmp_path / "two"):
+        assert found == pytest.approx(losses, rel=1e-4)
 
 
 def test_words_are_the_values_that_python_gives(trained, folder):
