@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from torch import nn
 
 from tests.runs import LABELS, POINTS, Scaled, small
 from undiffuse import VP, Denoiser, InputError, Spectrum, V
+from undiffuse.conditions import Conditions
 from undiffuse.config import Config
+from undiffuse.data import Data, Prepare
 from undiffuse.fit import fit, largest_batch
 from undiffuse.train import (
     EMA,
@@ -153,7 +156,12 @@ def test_a_compiled_network_trains_as_the_plain_one():
 
 def test_the_largest_batch_stops_where_memory_ends_or_speed_does(monkeypatch):
     config = Config.resolve({"net": {"width": 16, "mults": [1]}})
-    spectrum = Spectrum.measure(0.5 * torch.randn(50, 1, 4, 4))
+    x = 0.5 * torch.randn(50, 1, 4, 4)
+    told = Conditions(3, None, {}, Prepare())
+    data, spectrum = (
+        SimpleNamespace(classes=3, conditions=told, train=Data(x, torch.arange(50) % 3)),
+        Spectrum.measure(x),
+    )
     clock, cost = [0.0], [lambda b: 1.0 + b]
 
     def forward(self, x, time, cond):
@@ -169,7 +177,7 @@ def test_the_largest_batch_stops_where_memory_ends_or_speed_does(monkeypatch):
         cost[0] = law
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            found[name] = largest_batch(config, spectrum, 3, torch.device("cpu"))
+            found[name] = largest_batch(config, data, spectrum, torch.device("cpu"))
     assert found == {"flat": 16, "fixed": 128, "knee": 64}
 
 

@@ -117,7 +117,7 @@ def test_every_kind_of_data_trains_with_its_classes(tmp_path, make, crop):
 
 
 def test_columns_that_are_not_trained_on_are_named(tmp_path):
-    with pytest.warns(UserWarning, match="also has text: only labels condition"):
+    with pytest.warns(UserWarning, match="the network is not told the text of listed: cond.text=bytes would tell it"):
         fit(config(metadata_folder(tmp_path), tmp_path / "run"))
 
 
