@@ -4,7 +4,7 @@ BIN := .venv/bin
 PEERS := .venv-peers/bin/python
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench bench-solvers bench-faults bench-scale bench-evaluate bench-quality peers bench-training bench-nets clean
+.PHONY: demo test lint bench bench-solvers bench-faults bench-scale bench-evaluate bench-quality peers bench-training bench-nets bench-conditions clean
 .DEFAULT_GOAL := demo
 
 .venv/.base: pyproject.toml constraints.txt
@@ -59,6 +59,9 @@ bench-training: .venv-peers/.done
 
 bench-nets: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/nets.py
+
+bench-conditions: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/conditions.py
 
 bench-faults: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py

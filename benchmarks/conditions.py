@@ -237,7 +237,7 @@ def main() -> None:
         print(table(HEADER, found), flush=True)
     if not asked.dry and set(names) >= set(KINDS):
         draw(shown, HERE.parent / "docs" / "conditions.png")
-        write("Samples follow their conditions", "python benchmarks/conditions.py", table(HEADER, rows))
+        write("Samples follow their conditions", "make bench-conditions", table(HEADER, rows))
     elif not asked.dry:
         draw(shown, Path("runs") / f"conditions-{'-'.join(names)}.png")
 
