@@ -165,7 +165,7 @@ def measured(name: str, layers: Sequence[dict[str, Any]]) -> tuple[list[list[str
     kind = KIND[name]
     model, seconds = trained(name, layers)
     raws, told = held_out(model, kind.n)
-    best, rows, shown = real(kind, raws), [], {}
+    best, rows = real(kind, raws), []
     by = {w: scored(kind, model, raws, told, w) for w in WEIGHTS}
     plan = model.config.section("train")
     about = [name, f"{seconds / 60:.1f}", f"{plan.steps:,} x {plan.batch}", f"{model.parameters / 1e6:.2f}"]
@@ -175,8 +175,8 @@ def measured(name: str, layers: Sequence[dict[str, Any]]) -> tuple[list[list[str
         goal = f"{kind.goal[score]:g}" if score in kind.goal else ""
         known = f"{best[score]:.3f}" if score in best else ""
         rows.append([*(about if i == 0 else [""] * 4), score, goal, known, *each, *off])
-    shown = {"raws": raws[:SHOWN], "x": by[3.0][0][:SHOWN], "told": told[:SHOWN], "name": name}
-    return rows, shown
+    some = [31 * k % len(raws) for k in range(SHOWN)]  # of different digits, where these are sorted or in turn
+    return rows, {"raws": [raws[k] for k in some], "x": by[3.0][0][some], "name": name}
 
 
 def draw(shown: Sequence[dict[str, Any]], path: Path) -> None:
@@ -186,11 +186,12 @@ def draw(shown: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(15, 2.05 * math.ceil(len(shown) / 2) * 1.35))
+    figure = plt.figure(figsize=(15, 2.1 * math.ceil(len(shown) / 2)))
     panels = figure.subfigures(math.ceil(len(shown) / 2), 2).ravel()
     for panel, each in zip(panels, shown, strict=False):
-        axes = panel.subplots(2, SHOWN, gridspec_kw={"hspace": 0.05, "wspace": 0.08})
-        panel.suptitle(each["name"], fontsize=12, y=0.99)
+        room = {"hspace": 0.06, "wspace": 0.06, "left": 0.02, "right": 0.98, "bottom": 0.02, "top": 0.88}
+        axes = panel.subplots(2, SHOWN, gridspec_kw=room)
+        panel.suptitle(each["name"], fontsize=11, y=0.98)
         for k in range(SHOWN):
             _condition(axes[0, k], each, k)
             picture = ((each["x"][k].clamp(-1, 1) + 1) / 2).permute(1, 2, 0).squeeze(-1).numpy()
@@ -218,7 +219,7 @@ def _condition(ax: Any, each: dict[str, Any], k: int) -> None:
         ax.imshow(((low + 1) / 2).permute(1, 2, 0).numpy(), interpolation="nearest")
     else:
         ax.plot(raw.columns["audio"], lw=0.3, color="tab:blue")
-        ax.set_title(str(raw.label), fontsize=7, pad=1)
+        ax.text(0.03, 0.85, str(raw.label), fontsize=8, transform=ax.transAxes)
 
 
 def main() -> None:
