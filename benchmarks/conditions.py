@@ -1,8 +1,8 @@
 """How samples follow their conditions, six kinds of them: trains the recipes, and scores them on held-out conditions.
 
 `python benchmarks/conditions.py [class text image depth segmentation audio emoji]` trains what is not trained yet, into
-runs/, or goes on where it stopped, and writes its section and docs/conditions.png; emoji, at last, takes hours on a CPU
-and is left out unless it is named. `--minilm FOLDER` is where its text encoder lies. CPU seconds are those of the
+runs/, or goes on where it stopped, and writes its section and docs/conditions.png; emoji, at last, needs a
+GPU and is left out unless it is named. `--minilm FOLDER` is where its text encoder lies. CPU seconds are those of the
 process, with one thread. Shuffled: each sample against the condition of another.
 """
 
@@ -53,9 +53,8 @@ def read_digits(x: Tensor, raws: Sequence[Raw]) -> Scores:
 
 def read_captions(x: Tensor, raws: Sequence[Raw]) -> Scores:
     """The shares of a caption's things, sizes and relations that are read right in the picture."""
-    right, every = dict.fromkeys(("colour", "shape", "size", "relation"), 0.0), dict.fromkeys(("colour",), 0.0)
-    every = dict.fromkeys(right, 0.0)
-    whole = 0.0
+    right = dict.fromkeys(("colour", "shape", "size", "relation"), 0.0)
+    every, whole = dict.fromkeys(right, 0.0), 0.0
     for picture, raw in zip(x.clamp(-1, 1).numpy(), raws, strict=True):
         caption = raw.columns["text"]
         found, said = adherence(picture, caption), parse(caption)

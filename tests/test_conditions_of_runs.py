@@ -13,14 +13,16 @@ from scipy.signal import resample_poly
 
 from tests import runs
 from tests.group import together
-from undiffuse.bulk import bulk
-from undiffuse.cond import Audio, Bytes, Depth, Encoders, Layout, Picture
+from undiffuse import VP, Conditioned, Denoiser, EDMPrecond, Spectrum
+from undiffuse.bulk import bulk, plan
+from undiffuse.cond import Audio, Bytes, Depth, Encoders, Label, Layout, Picture, in_turn
 from undiffuse.conditions import Conditions, unread
 from undiffuse.config import Config, parse_overrides
-from undiffuse.data import Data, Prepare, open_source
+from undiffuse.data import Data, Prepare, Subset, open_source
 from undiffuse.evaluation import Choices, evaluate
 from undiffuse.fit import fit
 from undiffuse.model import Model, assemble
+from undiffuse.nets import UNet
 from undiffuse.rundata import RunData
 from undiffuse.types import InputError
 
@@ -231,7 +233,7 @@ def test_words_are_the_values_that_python_gives(trained, folder):
     words = {"text": ["a (red:1.5) car --no wheels"], "depth": [str(folder / "depth1.png")],
              "mask": [str(folder / "mask1.png")], "sound": [str(folder / "say0.wav")], "label": ["b"],
              "style": [str(folder / "style1.png"), str(folder / "style3.png")]}  # fmt: skip
-    given = model.words(words, range(3))
+    given = in_turn(model.words(words), range(3))
     depth = np.array(Image.open(folder / "depth1.png")).astype(np.float32) / 65535
     style = [np.array(Image.open(folder / f"style{k}.png"))[None] for k in (1, 3, 1)]
     mask = np.array(Image.open(folder / "mask1.png")).astype(np.int64)
@@ -258,10 +260,45 @@ def test_the_command_line_samples_what_python_samples(trained, run, folder, tmp_
     assert np.allclose(np.load(tmp_path / "x.npy"), x.numpy(), atol=1e-5)
 
 
+def test_a_text_that_is_a_files_name_stays_a_text(trained, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "red").write_text("not a prompt")
+    depth = str(folder / "depth1.png")
+    job = plan(Model.load(trained), trained, tmp_path / "out", words={"text": ["red"], "depth": [depth]})
+    assert dict(job.words) == {"text": ("red",), "depth": (depth,)}
+    assert [file for file, _ in job.files] == [depth]
+
+
+def test_labels_of_another_name_are_numbers_several_with_a_plus():
+    encoders = Encoders({"tags": Label(4)})
+    net = Conditioned(UNet(1, width=8, mults=(1,), **encoders.widths), encoders)
+    spectrum = Spectrum(torch.zeros(1), torch.ones(1), shape=(1, 1, 1))
+    model = Model(Denoiser(net, EDMPrecond()), VP(), 0, spectrum, Config.resolve({}))
+    given = in_turn(model.words({"tags": ["0+2", "3"]}), range(3))
+    assert given.reads["tags"].tensors["vector"].tolist() == [[1, 0, 1, 0], [0, 0, 0, 1], [1, 0, 1, 0]]
+    with pytest.raises(InputError, match="'cat' is no label"):
+        model.words({"tags": ["cat"]})
+
+
+def test_no_more_samples_are_read_than_it_takes_to_know_the_encoders(folder):
+    class Counted(Subset):
+        read_ = 0
+
+        def read(self, i):
+            Counted.read_ += 1
+            return super().read(i)
+
+    source = Counted(open_source(str(folder)), range(N))
+    Conditions.of(Config.resolve({"cond": {"text": COND["text"], "depth": "depth"}}), source, Prepare(), 2)
+    assert Counted.read_ == 1
+    Conditions.of(Config.resolve({"cond": {"mask": COND["mask"]}}), source, Prepare(), 2)
+    assert Counted.read_ == 1 + N
+
+
 def test_shards_have_the_samples_of_one_call_whatever_their_size(trained, folder, tmp_path):
     words = {"text": ["one", "two", "three"], "depth": [str(folder / "depth1.png")]}
     model = Model.load(trained)
-    x = model.sample(7, given=model.words(words, range(7)), guidance=2.0)
+    x = model.sample(7, given=in_turn(model.words(words), range(7)), guidance=2.0)
     for shard in (2, 5):
         report = bulk(trained, tmp_path / str(shard), 7, words=words, shard=shard)
         assert report.written == -(-7 // shard)
@@ -336,6 +373,7 @@ def test_what_cannot_be_told_is_refused_with_what_to_do(words, folder, tmp_path)
         (["--text", "a", "--weights", "depth=2"], "no condition 'depth' was given"),
         (["--label", "c"], "no class is named 'c'"),
         (["--text", "a", "--given", "text=b"], "give all its values by one of them"),
+        (["--label", "b", "--given", "label=a"], "give all its values by one of them"),
         (["--text", "a", "--weights", "text=2", "guidance.w=3"], "leave out guidance, or --weights"),
         (["settings.toml"], "--config"),
     ],

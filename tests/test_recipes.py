@@ -1,6 +1,5 @@
 """The recipes of conditions at the size of a test: few samples and steps; what they learn, shuffling destroys."""
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -25,7 +24,7 @@ SIZE = {
     "image": (400, 40, {"correlation": 0.7, "colour": 0.4}),
     "depth": (400, 60, {"correlation": 0.25, "iou": 0.1}),
     "segmentation": (400, 40, {"iou": 0.3}),
-    "audio": (400, 250, {"read as asked": 0.2}),
+    "audio": (400, 250, {"read as asked": 0.3}),
 }
 TEST = 64
 
@@ -44,7 +43,7 @@ def coloured(n):
 def written(name, n, path):
     """n samples of a recipe's data as one file."""
     if name == "audio":
-        return spoken(n, path)
+        return sung(n, path)
     source = {"depth": solid_scenes, "image": scenes, "segmentation": scenes}.get(name)
     raws = [source().read(i) for i in range(n)] if source else []
     pairs = coloured(n) if name == "text" else [(raw.x, raw.columns) for raw in raws]
@@ -53,13 +52,13 @@ def written(name, n, path):
     return str(path)
 
 
-def spoken(n, path):
-    """n spoken digits, each filled up with silence to one second."""
-    source = open_source("spoken-digits")
-    raws = [source.read(17 * i % len(source)) for i in range(n)]
-    rate = raws[0].columns["rate"]
-    waves = [raw.columns["audio"][:rate] for raw in raws]
-    audio = np.stack([np.pad(wave, (0, rate - len(wave))) for wave in waves])
+def sung(n, path):
+    """n handwritten digits, each with a tone whose pitch says it, of any loudness and phase, in a little noise."""
+    digits, g, rate = open_source("digits"), np.random.default_rng(0), 22_050
+    raws = [digits.read(i) for i in range(n)]
+    at = np.arange(rate // 2) / rate
+    tones = [g.uniform(0.3, 0.9) * np.sin(2 * np.pi * 300 * (raw.label + 1) * at + g.uniform(0, 6)) for raw in raws]
+    audio = np.stack(tones) + 0.01 * g.normal(size=(n, len(at)))
     labels = np.array([raw.label for raw in raws])
     np.savez(path, x=np.stack([raw.x for raw in raws]), labels=labels, audio=audio, rate=np.full(n, rate))
     return str(path)
@@ -67,8 +66,6 @@ def spoken(n, path):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_recipe_learns_what_its_conditions_say(name, tmp_path):
-    if name == "audio" and shutil.which("espeak-ng") is None:
-        pytest.skip("espeak-ng is not installed")
     many, steps, above = SIZE[name]
     train = {"steps": steps, "batch": 32, "warmup": 10}
     layer = {"out": str(tmp_path / name), "held_out": TEST, "train": train, "sample": {"steps": 10}}

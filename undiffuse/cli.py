@@ -32,7 +32,7 @@ from undiffuse import demo as demo_module
 from undiffuse import evaluation, plot
 from undiffuse.certify import Certificate
 from undiffuse.certify import certify as measure
-from undiffuse.cond import ENCODERS
+from undiffuse.cond import ENCODERS, in_turn
 from undiffuse.config import DEFAULTS, KINDS, Config, fields, parse_overrides
 from undiffuse.data.source import digest
 from undiffuse.denoise import Counter
@@ -290,14 +290,17 @@ def sample(
         _no_more_than_a_plan(nfe, plan, layer)
     if dry_run:
         return _dry(config, as_json)
+    if label is not None and "label" in words:
+        raise InputError("label is given by --label and by --given: give all its values by one of them")
+    cycle = model.cycle(label)
+    read = model.words(words | ({"label": [str(k) for k in cycle]} if cycle else {}))
     if out is not None and (out.is_dir() or not out.suffix):
-        labelled = bool(words or label is not None)
-        if nfe is not None and kept_plan(model, run, config, nfe, labelled) is None and not own(run_folder(run)):
+        if nfe is not None and kept_plan(model, run, config, nfe, bool(read)) is None and not own(run_folder(run)):
             raise InputError(
                 f"shards need a plan in a file, and {run} has none of {nfe} evaluations: make it with "
                 f"`undiffuse tune {run} --nfe {nfe} --out FOLDER`, and give it as --plan"
             )
-        kept = _planned(nfe, plan, model, run, config, labelled, as_json)
+        kept = _planned(nfe, plan, model, run, config, bool(read), as_json)
         job = bulk_module.plan(
             model,
             run,
@@ -317,14 +320,12 @@ def sample(
             "--shard, --format, --device, --threads, --ray and --workers are for shards: give a folder as --out"
         )
     use = config.section("sample")
-    cycle = model.cycle(label)
-    words |= {"label": [str(k) for k in cycle]} if cycle else {}
-    told = model.words(words, range(use.n))
+    told = in_turn(read, range(use.n)) if read else None
     guide = CFG() if told is None else config.build("guidance")
     if told is not None:
         guide(model.denoiser, told)  # says what is wrong with names and weights
-    kept = _planned(nfe, plan, model, run, config, bool(words), as_json)
-    named_by = f"seed{use.seed}-{_slug(label, words)}-{_how(config, bool(words), nfe, plan)}"
+    kept = _planned(nfe, plan, model, run, config, bool(read), as_json)
+    named_by = f"seed{use.seed}-{_slug(label, words)}-{_how(config, bool(read), nfe, plan)}"
     out = out or _own_folder(run, "samples") / f"{named_by}{'' if ema is None else f'-ema{ema:g}'}.png"
     if len(model.shape) != 3 and out.suffix == ".png":
         out = out.with_suffix(".npy")
@@ -358,7 +359,7 @@ def sample(
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
-        turn = max(map(len, words.values()), default=0)
+        turn = max(map(len, read), default=0)
         plot.save_png(model.shown(x), out, plot.columns_for(use.n, turn))
     else:
         np.save(out, x.numpy())
@@ -476,9 +477,8 @@ def _slug(label: str | None, words: dict[str, list[str]]) -> str:
         return re.sub(r"[^\w-]+", "_", word).strip("_")
 
     parts = [] if label is None else [plain(label)]
-    named = {name: each for name, each in words.items() if name != "label"}
-    parts += [f"{name}-{plain(Path(each[0]).name)[:32]}" for name, each in named.items()]
-    parts += [digest(json.dumps(named))[:6]] if named else []
+    parts += [f"{name}-{plain(Path(each[0]).name)[:32]}" for name, each in words.items()]
+    parts += [digest(json.dumps(words))[:6]] if words else []
     return "-".join(parts) or "any"
 
 

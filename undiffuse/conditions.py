@@ -10,10 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from undiffuse.cond import Cond, Encoders, Given, Label, prompt
+from undiffuse.cond import ENCODERS, Cond, Encoders, Given, Label, prompt
 from undiffuse.cond.encoders import Encoder
-from undiffuse.config import Config
-from undiffuse.data import VALUES, Batch, Data, Prepare, Source, read_audio, read_picture, resampled
+from undiffuse.config import Config, fields
+from undiffuse.data import (
+    Batch,
+    Data,
+    Prepare,
+    Source,
+    decode_audio,
+    read_depth,
+    read_picture,
+    read_segmentation,
+    resampled,
+)
 from undiffuse.data.source import Unreadable, choice
 from undiffuse.types import InputError, did_you_mean
 
@@ -36,7 +46,8 @@ class Conditions:
 
     @staticmethod
     def of(config: Config, source: Source, prepare: Prepare, classes: int) -> Conditions:
-        """The configured conditions, what follows from the data being measured on at most 1,000 samples.
+        """The configured conditions; numbers of classes and channels that are not stated are measured on at most 1,000
+        samples.
 
         Raises InputError for a column that the data do not have, and for values that do not fit.
         """
@@ -50,7 +61,9 @@ class Conditions:
                 known = f"{source.name} has the columns {', '.join(there)}: set cond.{name}.column"
                 hint = f"{did_you_mean(column, there)} {known}".lstrip()
                 raise InputError(f"cond.{name}: no column is called {column!r}: {hint}")
-        found, examples = _measured(source, prepare, set(every.values()), classes)
+        stated = config.values["cond"].values()
+        counted = any(k in fields(ENCODERS[s["kind"]]) and k not in s for s in stated for k in ("classes", "channels"))
+        found, examples = _measured(source, prepare, set(every.values()), classes, counted)
         for name, column in every.items():
             kind, has = config.values["cond"][name]["kind"], _modality(examples[column][0])
             reads = config.encoder(name, {"classes": 1, **found[column]}).reads
@@ -87,6 +100,11 @@ class Conditions:
             raise
         return given.only(there)
 
+    @property
+    def reader(self) -> Conditions | None:
+        """What `materialise` reads columns by; None where labels are all that is told, which data have anyway."""
+        return None if self.encoders is None else self
+
     def told(self, data: Data) -> Cond | Given | None:
         """The conditions of data in memory, as they were read with them."""
         return told(data, self.classes, self.encoders)
@@ -122,9 +140,10 @@ def told(data: Data, classes: int, encoders: Encoders | None) -> Cond | Given | 
 
 
 def _measured(
-    source: Source, prepare: Prepare, columns: set[str], classes: int
+    source: Source, prepare: Prepare, columns: set[str], classes: int, counted: bool
 ) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[Any, int | None]]]:
-    """The settings of encoders that follow from the data, and a value, by column."""
+    """The settings of encoders that follow from the data, and a value, by column; without `counted`, only as many
+    samples are read as it takes to see every column."""
     plain, seen, dims = prepare.plain(), dict[str, list[Any]](), 0
     examples = dict[str, tuple[Any, int | None]]()
     for i in choice(source, _LOOKED_AT):
@@ -138,6 +157,8 @@ def _measured(
                 seen.setdefault(column, []).append(_size(values[column]))
                 examples.setdefault(column, (values[column], values.get("rate") if column != SELF else None))
         dims = example.x.ndim - 1
+        if not counted and examples.keys() == columns:
+            break
     found = {}
     for column in columns:
         if not (sizes := seen.get(column)):
@@ -172,15 +193,30 @@ def _size(value: Any) -> tuple[int, int]:
 
 def unread(source: Source, conditions: Conditions) -> list[str]:
     """What the user may want to know of columns that the network is not told."""
-    told = set(conditions.columns.values())
-    labelled = bool(source.classes) and conditions.encoders is not None
-    every = [*source.columns, *(["label"] if labelled and "label" not in source.columns else [])]
-    others = [c for c in every if c not in told and c != "rate" and (c != "label" or labelled)]
+    told = {"rate", *(["label"] if conditions.encoders is None else conditions.columns.values())}
+    every = dict.fromkeys([*source.columns, *(["label"] if source.classes else [])])
+    others = [column for column in every if column not in told]
     if not others:
         return []
     words = " ".join(f"cond.{c}={USUAL[c]}" for c in others if c in USUAL)
     hint = f": {words} would tell it" if words else ""
     return [f"the network is not told the {', '.join(others)} of {source.name}{hint}"]
+
+
+FILES: dict[str, Callable[[Path, Any], np.ndarray]] = {  # how the values that are files are read, for an encoder
+    "picture": lambda path, encoder: read_picture(path, encoder.channels),
+    "depth": lambda path, _: read_depth(path),
+    "segmentation": lambda path, _: read_segmentation(path),
+    "audio": lambda path, encoder: resampled(*decode_audio(path, str(path)), encoder.rate),
+}
+
+
+def whole(word: str) -> int:
+    """A number in words; InputError for what is none."""
+    try:
+        return int(word)
+    except ValueError as error:
+        raise InputError(f"{word!r} is no label: labels are whole numbers") from error
 
 
 def value_of(name: str, encoder: Encoder, word: str, number: Callable[[str], int]) -> Any:
@@ -197,11 +233,6 @@ def value_of(name: str, encoder: Encoder, word: str, number: Callable[[str], int
         kind = "a sound's file" if encoder.reads == "audio" else "a picture's file, or a .npy of an array"
         raise InputError(f"{name}: {word!r} is no file; expected {kind}")
     try:
-        if encoder.reads == "audio":
-            wave, rate = read_audio(path)
-            return torch.from_numpy(resampled(wave, rate, getattr(encoder, "rate", rate)))
-        if encoder.reads == "picture":
-            return torch.from_numpy(read_picture(path, getattr(encoder, "channels", 0)))
-        return torch.from_numpy(VALUES[encoder.reads](path))
+        return torch.from_numpy(FILES[encoder.reads](path, encoder))
     except Unreadable as error:
         raise InputError(f"{name}: {error}") from error

@@ -168,7 +168,7 @@ def _built(config: Config, data: RunData, spectrum: Spectrum) -> tuple[Model, Ob
             raise
         raise InputError(f"this network does not fit in memory: {config.values['net']}; make it smaller") from error
     shown = data.held_out.cond
-    shown = None if shown is None else shown[: min(SHOWN, len(shown))]
+    shown = None if shown is None else shown[:SHOWN]
     model = replace(model, names=tuple(data.source.classes), scale=data.prepare.statistics, shown_with=shown)
     objective = objective_of(config, spectrum.std)
     objective.check(model.denoiser)

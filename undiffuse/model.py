@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from undiffuse.cond import Cond, Conditioned, Encoders, Given, Label, prompt
-from undiffuse.conditions import told, value_of
+from undiffuse.cond import Cond, Conditioned, Encoders, Given, Label, in_turn, prompt
+from undiffuse.conditions import told, value_of, whole
 from undiffuse.config import Config
 from undiffuse.data import Data, Statistics
 from undiffuse.denoise import Denoiser
@@ -150,8 +150,7 @@ class Model:
             each = list(value) if isinstance(value, list | tuple) else [value] * n
             if len(each) != n:
                 raise InputError(f"{len(each)} values of {name} for {n} samples: give a list of {n}, or one value")
-            numbers = isinstance(self.encoders.encoders.get(name), Label) and self.classes
-            read = self.number if numbers else prompt
+            read = self.number if name == "label" and self.classes else prompt
             every[name] = [read(v) if isinstance(v, str) else v for v in each]
         given: Given = self.encoders(**every)
         return given
@@ -176,22 +175,21 @@ class Model:
             return self.cond([k % self.classes for k in indices], len(indices))  # type: ignore[return-value]
         if self.shown_with is None:
             raise InputError("no held-out conditions are kept with this model: a trained run's folder has them")
-        rows = [k % len(self.shown_with) for k in indices]
-        return self.shown_with[torch.tensor(rows, dtype=torch.long)]
+        return in_turn([self.shown_with], indices)
 
-    def words(self, words: Mapping[str, Sequence[str]], numbers: range) -> Given | Cond | None:
-        """The conditions of samples in words, by name: sample k of `numbers` has the value k modulo their number. Texts
-        are prompts, labels classes, maps and sounds files (see `undiffuse.conditions.value_of`); None without words.
+    def words(self, words: Mapping[str, Sequence[str]]) -> list[Given | Cond]:
+        """The conditions in words, by name, each read as a whole: what `in_turn` gives samples of. Texts are prompts,
+        labels classes, maps and sounds files (see `undiffuse.conditions.value_of`); none without words.
 
         InputError for conditions that this model does not have, and for values that cannot be read.
         """
-        words = {name: list(each) for name, each in words.items() if each}
+        words = {name: each for name, each in words.items() if each}
         if not words:
-            return None
+            return []
         if self.encoders is None:
             if set(words) == {"label"}:
                 cycle = self.cycle(",".join(words["label"]))
-                return self.cond([cycle[k % len(cycle)] for k in numbers], len(numbers))
+                return [self.cond(cycle, len(cycle))]  # type: ignore[list-item]
             others = ", ".join(name for name in words if name != "label")
             raise InputError(f"{others} was given, and this model knows {'classes only' if self.classes else 'none'}")
         known = self.encoders.encoders
@@ -199,15 +197,14 @@ class Model:
             if name not in known:
                 there = f"{did_you_mean(name, list(known))} it has {', '.join(known)} (--given NAME=VALUE gives any)"
                 raise InputError(f"this model has no condition {name!r}: {there.lstrip()}")
-        parts = []
+        parts: list[Given | Cond] = []
         for name, each in words.items():
-            if name == "label" and self.classes:
-                each = [str(k) for k in self.cycle(",".join(each))]
-            read = [value_of(name, known[name], word, self.number) for word in each]
-            # read as a whole, so that sequences have one length, and a sample its bits, whatever the numbers
-            whole = self.given(len(read), {name: read})
-            parts.append(whole[torch.tensor([k % len(read) for k in numbers], dtype=torch.long)])
-        return Given.beside(parts)
+            classes = name == "label" and self.classes > 0
+            every = [str(k) for k in self.cycle(",".join(each))] if classes else each
+            read = [value_of(name, known[name], word, self.number if classes else whole) for word in every]
+            # as a whole, so that sequences have one length, and a sample its bits, whichever are sampled with it
+            parts.append(self.given(len(read), {name: read}))
+        return parts
 
     def number(self, name: str) -> int:
         """The label of a class by its name, in small letters or capitals, or number; InputError names the classes."""
@@ -385,9 +382,7 @@ class Model:
             self.examples(())
 
         def bind(indices: Sequence[int]) -> Denoise:
-            if guidance is None:
-                return CFG()(self.denoiser, None)
-            return guide_of(guidance)(self.denoiser, self.examples(indices).to(self.device))
+            return self._bound(None if guidance is None else self.examples(indices), guidance)
 
         return ladder(
             bind,
@@ -405,8 +400,10 @@ class Model:
 
     def bind(self, label: int | Sequence[int] | Tensor | None, n: int, guidance: Guidance | float = 1.0) -> Denoise:
         """The denoiser for n samples with label and guidance bound: what `trajectory` and `Tableau.run` take."""
-        cond = self.cond(label, n)
-        if cond is None:
+        return self._bound(self.cond(label, n), guidance)
+
+    def _bound(self, cond: Cond | Given | None, guidance: Guidance | float | None) -> Denoise:
+        if cond is None or guidance is None:
             return CFG()(self.denoiser, None)
         return guide_of(guidance)(self.denoiser, cond.to(self.device))
 

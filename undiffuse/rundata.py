@@ -60,13 +60,12 @@ class RunData:
         if "held_out" not in config.given and use.name != "digits":  # the default suits the digits
             held_out = min(held_out, len(source.test) if source.test else max(2, len(source) // 5))
         conditions = Conditions.of(config, source, prepare, len(source.classes))
-        read = None if conditions.encoders is None else conditions
-        part, held = split(source, held_out, prepare=prepare, conditions=read)
+        part, held = split(source, held_out, prepare=prepare, conditions=conditions.reader)
         still = use.crop == "center" and not use.flip and not use.buckets
         size = 4 * math.prod(found.shape)
         fits = still and not part.counts and len(part) * size <= use.memory_mb << 20
         most = len(part) if fits else max(2, min(10_000, _REFERENCE // (2 * size)))
-        data = materialise(Subset(part, choice(part, most), part.name), prepare, read)
+        data = materialise(Subset(part, choice(part, most), part.name), prepare, conditions.reader)
         if conditions.encoders is None:
             conditions = replace(conditions, classes=max(len(source.classes), data.classes, held.classes))
         notes = list(found.warnings()) if use.normalize == "range" else []

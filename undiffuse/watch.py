@@ -94,14 +94,9 @@ class Watch:
         data that are no images, nor where `path` is None."""
         if len(self.model.shape) != 3:
             return
-        classes = self.model.classes
-        columns = plot.columns_for(PICTURES, classes)
+        columns = plot.columns_for(PICTURES, self.model.classes)
         n = columns * (PICTURES // columns)
-        told = self.model.told(self.levels)
-        if classes:
-            told = self.model.cond(torch.arange(n) % classes, n)
-        elif told is not None:
-            told = told[torch.arange(n) % len(told)]
+        told = self.model.examples(range(n)) if self.model.conditional else None
         x = self.model.sample(n, given=told, seed=2, progress=_leaving(asked))
         if path is None:
             return

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from undiffuse.conditions import FILES
 from undiffuse.config import DEFAULTS, Config
 from undiffuse.modal import read_plan
 from undiffuse.model import Model, fingerprint, run_folder
@@ -133,20 +134,12 @@ def plan(
     if model.encoders is not None:
         words = {**(words or {}), **({} if label is None else {"label": [label]})}
         label = None
-    elif words:
-        model.words(words, range(1))  # says what this model can be given
-    given = {name: [str(Path(w).absolute()) if _file(w) else w for w in each] for name, each in (words or {}).items()}
-    model.words(given, range(max(map(len, given.values()), default=1)))
-    files = {word: sha256(Path(word)) for each in given.values() for word in each if _file(word)}
-    told = tuple((name, tuple(each)) for name, each in given.items())
-    cycle = model.cycle(label)
-    return Job(
-        *where, kept, cycle, model.classes, shard, format, device, threads, by, told, tuple(files.items())
-    )  # fmt: skip
-
-
-def _file(word: str) -> bool:
-    try:
-        return Path(word).is_file()
-    except (OSError, ValueError):  # a prompt may be too long for a name
-        return False
+    model.words(words or {})  # says what is wrong with them
+    told, files = [], dict[str, str]()
+    for name, each in (words or {}).items():
+        if model.encoders is not None and model.encoders.encoders[name].reads in FILES:
+            each = [str(Path(word).expanduser().absolute()) for word in each]
+            files |= {word: sha256(Path(word)) for word in each}
+        told.append((name, tuple(each)))
+    given = tuple(told), tuple(files.items())
+    return Job(*where, kept, model.cycle(label), model.classes, shard, format, device, threads, by, *given)

@@ -18,6 +18,7 @@ from torch import Tensor
 from undiffuse import plot
 from undiffuse.bulk.folder import claim, to_json, trouble_of
 from undiffuse.bulk.job import Job
+from undiffuse.cond import in_turn
 from undiffuse.config import Config
 from undiffuse.modal import read_plan
 from undiffuse.model import Model, fingerprint
@@ -44,6 +45,7 @@ class Maker:
         for file, known in job.files:
             if sha256(Path(file)) != known:
                 raise InputError(f"{file} has changed since the job began: run the command again")
+        self.words = model.words(dict(job.words))
         self.plan = None if job.plan is None else read_plan(job.plan[0])
         grid, steps = config.build("grid"), config.section("sample").steps
         self.steps = self.plan.nfe if self.plan is not None else len(grid(self.model.schedule, steps)) - 1
@@ -59,7 +61,7 @@ class Maker:
                 count.at(index, 1)
             return False
         labels = torch.tensor([job.labels[k % len(job.labels)] for k in span]) if job.labels else None
-        given = self.model.words(dict(job.words), span)
+        given = in_turn(self.words, span) if self.words else None
         x = self.model.sample(
             len(span), labels, given=given, plan=self.plan, first=span.start, progress=self._steps(index, count)
         )

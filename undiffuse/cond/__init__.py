@@ -5,7 +5,7 @@ from collections.abc import Callable
 from undiffuse.cond.audio import Audio, PretrainedAudio, log_mel
 from undiffuse.cond.cond import Cond
 from undiffuse.cond.encoders import Conditioned, Encoder, Encoders
-from undiffuse.cond.given import Given
+from undiffuse.cond.given import Given, in_turn
 from undiffuse.cond.label import Label
 from undiffuse.cond.maps import Depth, Layout, Picture, Variation
 from undiffuse.cond.prompt import Prompt, prompt
@@ -40,6 +40,7 @@ __all__ = [
     "Prompt",
     "Text",
     "Variation",
+    "in_turn",
     "log_mel",
     "prompt",
 ]

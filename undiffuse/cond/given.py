@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from undiffuse.cond.cond import Cond
 from undiffuse.seeds import seed_of, uniform
 from undiffuse.types import InputError
 
@@ -185,6 +186,17 @@ class Given:
         if augment and len(augment) != len(parts):
             raise InputError("augmentation labels are present in some batches and absent in others")
         return Given(reads, instead, parts[0].alone, torch.cat(augment) if augment else None)
+
+
+def in_turn(parts: Sequence[Given | Cond], numbers: Iterable[int]) -> Given | Cond:
+    """The conditions of samples with these numbers, sample k having row k of each part, modulo the part's length.
+
+    Several parts are different conditions by name.
+    """
+    rows = [part[torch.tensor([k % len(part) for k in numbers], dtype=torch.long)] for part in parts]
+    if len(rows) == 1:
+        return rows[0]
+    return Given.beside([part for part in rows if isinstance(part, Given)])
 
 
 def _joined(parts: list[Mapping[str, Read]]) -> dict[str, Read]:

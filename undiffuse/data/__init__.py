@@ -1,6 +1,6 @@
 """Data: sources of samples, their preparation, their order, and the batches of a run."""
 
-from undiffuse.data.audio import resampled
+from undiffuse.data.audio import decode_audio, resampled
 from undiffuse.data.builtin import BUILT_IN
 from undiffuse.data.data import Data
 from undiffuse.data.feed import Batch, Feed, InMemory
@@ -11,13 +11,12 @@ from undiffuse.data.source import Arrays, Cached, Raw, Source, Subset, Unreadabl
 from undiffuse.data.split import materialise, split
 from undiffuse.data.statistics import Statistics, measure, settle
 from undiffuse.data.tensors import JOB, LEDGER
-from undiffuse.data.value import VALUES, read_audio, read_picture
+from undiffuse.data.value import read_depth, read_picture, read_segmentation
 
 __all__ = [
     "BUILT_IN",
     "JOB",
     "LEDGER",
-    "VALUES",
     "Arrays",
     "Batch",
     "Bucketed",
@@ -36,14 +35,16 @@ __all__ = [
     "Unreadable",
     "Windowed",
     "bucket_of",
+    "decode_audio",
     "from_data",
     "load_data",
     "materialise",
     "measure",
     "open_source",
     "order_for",
-    "read_audio",
+    "read_depth",
     "read_picture",
+    "read_segmentation",
     "resampled",
     "settle",
     "split",

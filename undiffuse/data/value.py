@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from undiffuse.data.audio import decode_audio
 from undiffuse.data.picture import to_float, with_channels
 from undiffuse.data.prepare import as_depth, stored
 from undiffuse.types import InputError
@@ -33,16 +30,3 @@ def read_segmentation(path: Path) -> np.ndarray:
     if found.ndim != 2 or found.dtype.kind not in "iu":
         raise InputError(f"{path}: {found.dtype} of shape {found.shape}; expected one channel of class numbers")
     return np.asarray(found, np.int64)
-
-
-def read_audio(path: Path) -> tuple[np.ndarray, int]:
-    """(samples (n,) float32 in [-1, 1], rate in Hz)."""
-    return decode_audio(path, str(path))
-
-
-VALUES: dict[str, Callable[[Path], Any]] = {
-    "picture": read_picture,
-    "depth": read_depth,
-    "segmentation": read_segmentation,
-    "audio": read_audio,
-}

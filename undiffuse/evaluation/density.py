@@ -82,7 +82,7 @@ def likelihoods(
     if n == 0:
         return {}
     check_density(model, train, held_out)
-    held, known = (_first(part, n) for part in (held_out, train))
+    held, known = (part.rows(slice(n)) for part in (held_out, train))
     grid = quantisation(torch.cat([held_out.x[:2000], train.x[:2000]]))
     step, span = grid or (None, (-1.0, 1.0))
     end = 5.0 if step is None else math.log(2 * TAU / step)
@@ -128,10 +128,6 @@ def _terms(found: Bound, shift: float) -> list[dict[str, float | None]]:
     """The bound's terms; what the unit of a density adds belongs to the reconstruction."""
     *others, last = (term._asdict() for term in found.terms)
     return [{k: _figure(v) for k, v in term.items()} for term in (*others, {**last, "bits": last["bits"] + shift})]
-
-
-def _first(data: Data, n: int) -> Data:
-    return data.rows(slice(n))
 
 
 class _Parts:

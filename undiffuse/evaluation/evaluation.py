@@ -215,7 +215,7 @@ def evaluate_samples(
 def _mixed(data: Data) -> Data:
     """In a fixed random order: the first n of data that are sorted by class would be of one class."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    return data.rows(order)
+    return replace(data, x=data.x.detach()).rows(order)
 
 
 def _count(shape: tuple[int, ...], train: Data, held_out: Data, choices: Choices) -> int:

@@ -42,8 +42,8 @@ def _enough(data: RunData, n: int) -> Data:
     n = min(n, len(data.source))
     if len(data.train) >= n:
         return data.train
-    read = None if data.conditions.encoders is None else data.conditions
-    return materialise(Subset(data.source, choice(data.source, n), data.source.name), data.prepare, read)
+    part = Subset(data.source, choice(data.source, n), data.source.name)
+    return materialise(part, data.prepare, data.conditions.reader)
 
 
 def data_of_samples(target: str, layer: Mapping[str, Any], n: int) -> tuple[Data, Data, Data]:
