@@ -16,7 +16,20 @@ from undiffuse.grid import (
     UniformLam,
     UniformT,
 )
-from undiffuse.guide import CFG, GUIDES, Composed
+from undiffuse.guide import (
+    APG,
+    CFG,
+    GUIDES,
+    Autoguidance,
+    CFGpp,
+    CFGZero,
+    ClassifierGuidance,
+    Composed,
+    PerLevel,
+    Rescale,
+    Thresholded,
+    effective_scale,
+)
 from undiffuse.level import Level, from_x0, reverse_transition, to_x0, transition
 from undiffuse.modal import Modal, SpectralGrid, read_plan, spectral
 from undiffuse.precond import HEADS, X0, EDMPrecond, Eps, FlowVelocity, Index, LogNSR, Score, V

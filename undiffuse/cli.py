@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +39,8 @@ from undiffuse.denoise import Counter
 from undiffuse.evaluation import report
 from undiffuse.evaluation.open import data_of_run, data_of_samples
 from undiffuse.fit import check, fit
-from undiffuse.guide import CFG
+from undiffuse.guide import Guidance, guide_of, prepared
+from undiffuse.level import Level
 from undiffuse.modal import read_plan
 from undiffuse.model import Model, comes_along, find_run, nearest_run, run_folder, shipped
 from undiffuse.nets import presets
@@ -321,9 +322,8 @@ def sample(
         )
     use = config.section("sample")
     told = in_turn(read, range(use.n)) if read else None
-    guide = CFG() if told is None else config.build("guidance")
-    if told is not None:
-        guide(model.denoiser, told)  # says what is wrong with names and weights
+    guide = guide_of(1.0) if told is None else model.using(config).guide()
+    guide(model.denoiser, told)  # says what is wrong with names and weights
     kept = _planned(nfe, plan, model, run, config, bool(read), as_json)
     named_by = f"seed{use.seed}-{_slug(label, words)}-{_how(config, bool(read), nfe, plan)}"
     out = out or _own_folder(run, "samples") / f"{named_by}{'' if ema is None else f'-ema{ema:g}'}.png"
@@ -333,11 +333,6 @@ def sample(
         raise InputError(f"samples are written as .png or .npy, or into a folder as shards; got {out.name}")
     _writable(out)
     counter = Counter(model.denoiser)
-
-    def guidance(denoise: Any, cond: Any) -> Any:
-        counter.model = denoise  # inside the guidance: the rows that it asks for are counted
-        return guide(counter, cond)
-
     started = time.perf_counter()
     chunks = -(-use.n // use.batch)
     levels = config.build("grid")(config.build("schedule"), use.steps) if kept is None else ()
@@ -350,7 +345,7 @@ def sample(
             bars.move("sampling", len(done), total, f"{state.nfe} evaluations")
 
         x = model.using(config).sample(
-            given=told, plan=None if kept is None else kept.plan, guidance=guidance, progress=on_state
+            given=told, plan=None if kept is None else kept.plan, guidance=_Counted(guide, counter), progress=on_state
         )
     seconds = time.perf_counter() - started
     if not bool(torch.isfinite(x).all()):
@@ -532,6 +527,21 @@ def _no_more_than_a_plan(nfe: int | None, plan: Path | None, layer: dict[str, An
         raise InputError("--nfe chooses a plan and --plan gives one: leave one of them out")
     if given:
         raise InputError(f"a plan has its own solver and levels: leave out {', '.join(given)}, or --nfe and --plan")
+
+
+@dataclass
+class _Counted:
+    """A guidance that counts the rows that it asks the model for."""
+
+    guide: Guidance
+    counter: Counter
+
+    def prepared(self, levels: Sequence[Level], rows: int) -> Guidance:
+        return _Counted(prepared(self.guide, levels, rows), self.counter)
+
+    def __call__(self, denoise: Any, cond: Any) -> Any:
+        self.counter.model = denoise
+        return self.guide(self.counter, cond)
 
 
 def _shards(job: bulk_module.Job, model: Model, engine: str, workers: int | None, as_json: bool) -> None:

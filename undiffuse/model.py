@@ -91,7 +91,7 @@ class Model:
     data's spectrum, its configuration, the classes' `names`, and the channels' `scale` where data were normalised.
     `decode`, of a model of latents, makes samples of the data's kind from them; `ema` is the length of the average,
     where one was rebuilt. `shown_with` are held-out conditions of a model that has them by name: those that samplers
-    are chosen and tuned for."""
+    are chosen and tuned for. `folder` is the run that it was loaded from."""
 
     denoiser: Denoiser
     schedule: Schedule
@@ -103,6 +103,7 @@ class Model:
     decode: Callable[[Tensor], Tensor] | None = None
     ema: float | None = None
     shown_with: Given | None = None
+    folder: Path | None = None
 
     def __repr__(self) -> str:
         told = f"{self.classes} classes" if self.encoders is None else f"told {', '.join(self.encoders.encoders)}"
@@ -301,8 +302,7 @@ class Model:
         cond = self.cond(label, n) if given is None else given
         if isinstance(cond, Given) and self.encoders is not None:
             cond = self._ahead(self.encoders, cond.to(self.device), use.rows if rows is None else rows)
-        if guidance is None:
-            guidance = 1.0 if cond is None else self.config.build("guidance")
+        guide = CFG() if cond is None and guidance is None else self.guide(guidance)
         if plan is None:
             solver, grid = solver or self.config.build("solver"), grid or self.config.build("grid")
         x = sample(
@@ -314,7 +314,7 @@ class Model:
             grid=grid,
             plan=plan,
             cond=cond,
-            guidance=guidance,
+            guidance=guide,
             seed=use.seed if seed is None else seed,
             first=first,
             batch=use.batch if batch is None else batch,
@@ -323,6 +323,24 @@ class Model:
             device=self.device,
         )
         return self.restore(x)
+
+    def guide(self, guidance: Guidance | float | Mapping[str, float] | None = None) -> Guidance:
+        """A guidance, or that of the configuration, with the other networks that it asks: those of runs that it names.
+
+        InputError where there is no such run."""
+        guide: Guidance = self.config.build("guidance") if guidance is None else guide_of(guidance)
+        found: Callable[[Model], Guidance] | None = getattr(guide, "found", None)
+        return guide if found is None else found(self)
+
+    def weaker(self, run: str, ema: float, until: float) -> Denoiser:
+        """The denoiser of a run (of "" this one) as it was after the share `until` of its training, with the average of
+        length `ema`, or of its own; InputError where it has no such snapshot."""
+        if not run and self.folder is None:
+            raise InputError(
+                "this model is of no run folder, whose snapshots an earlier average is made of: name a run"
+            )
+        weak = Model.load(run or str(self.folder), ema or None, until).denoiser.to(self.device)
+        return weak
 
     @torch.no_grad()
     def _ahead(self, encoders: Encoders, given: Given, rows: int) -> Given:
@@ -356,7 +374,7 @@ class Model:
             spectrum=self.spectrum,
             noises=noises,
             cond=cond,
-            guidance=1.0 if guidance is None else guidance,
+            guidance=CFG() if guidance is None else self.guide(guidance),
             seed=seed,
             batch=self.config.section("sample").batch,
             device=self.device,
@@ -405,7 +423,7 @@ class Model:
     def _bound(self, cond: Cond | Given | None, guidance: Guidance | float | None) -> Denoise:
         if cond is None or guidance is None:
             return CFG()(self.denoiser, None)
-        return guide_of(guidance)(self.denoiser, cond.to(self.device))
+        return self.guide(guidance)(self.denoiser, cond.to(self.device))
 
     def save(self, folder: Path) -> None:
         """Write a model folder: complete, with hashes, or not at all."""
@@ -425,12 +443,13 @@ class Model:
         commit(folder, write)
 
     @staticmethod
-    def load(run: str | Path, ema: float | None = None) -> Model:
+    def load(run: str | Path, ema: float | None = None, until: float = 1.0) -> Model:
         """The finished model of a run folder, or of a name (see `find_run`), verified against its hashes.
 
         `ema` takes the weights' average of that length instead, a share of the run in (0, 0.2887], rebuilt from its
-        snapshots (train.snapshots; see `Snapshots` for the lengths that they give). InputError says what is wrong with
-        the folder or the length.
+        snapshots (train.snapshots; see `Snapshots` for the lengths that they give), and `until` < 1 the average as it
+        was at the nearest snapshot to that share of the training. InputError says what is wrong with the folder or the
+        length.
         """
         found = run_folder(run)
         folder = found / "model"
@@ -456,17 +475,25 @@ class Model:
             raise
         except Exception as error:
             raise InputError(f"{folder} holds a model that does not fit its configuration: {error}") from error
-        if ema is not None:
+        if ema is not None or until < 1:
             if comes_along(found):
                 raise InputError(
-                    f"{found.name} comes along with one set of weights, the average {model.average}: leave `ema` out"
+                    f"{found.name} comes along with one set of weights, the average {model.average}: others are made "
+                    "of a run's snapshots (train.snapshots=16)"
                 )
-            state, fit = Snapshots(found / "averages").average(ema, config.section("train").steps)
+            snapshots, end = Snapshots(found / "averages"), config.section("train").steps
+            ema = getattr(config.build("ema"), "length", None) if ema is None else ema
+            if ema is None:
+                raise InputError(f"{run} has an average of no length: give `ema`, such as 0.1")
+            if until < 1:
+                end = min(snapshots.steps(), key=lambda step: abs(step - until * end), default=end)
+            state, fit = snapshots.average(ema, end)
             load_weights(model.denoiser, state)
             if fit.error > 0.02:
                 there = f"the run's snapshots give the average of length {ema:g} to within {100 * fit.error:.0f} % only"
                 warnings.warn(f"{there}: train with more of them", stacklevel=2)
             model = replace(model, ema=ema)
+        model = replace(model, folder=found)
         model.denoiser.eval().requires_grad_(False)
         return model
 

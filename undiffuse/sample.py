@@ -10,7 +10,7 @@ from torch import Tensor
 
 from undiffuse.denoise import FixedRows
 from undiffuse.grid import Grid, UniformLam, check_levels
-from undiffuse.guide import Guidance, guide_of
+from undiffuse.guide import Guidance, guide_of, prepared
 from undiffuse.level import Level, transition
 from undiffuse.schedule import Schedule
 from undiffuse.seeds import mix
@@ -149,9 +149,10 @@ def sample(
     `schedule` gives the levels and may differ from the one that the model was trained on. A `plan` (a `Tableau` or
     `Modal`, such as `auto` finds) takes the place of schedule, steps, solver and grid; no `State` is seen then. `cond`
     is a `Cond` or `Given` of n rows and `guidance` a weight w (1 is off), weights by the names of conditions (see
-    `Composed`), or a guidance such as `CFG(w, lam_min, lam_max)`. Sample k depends on (seed, first + k) alone; `batch`
-    bounds the samples in memory; with `rows` every network call has exactly so many rows, which makes samples bit-equal
-    for every batch (see `FixedRows`). `progress` sees every `State`. Raises InputError for bad input.
+    `Composed`), or a guidance such as `CFG(w, lam_min, lam_max)`, `APG(w)` and the others in `GUIDES`. Sample k depends
+    on (seed, first + k) alone; `batch` bounds the samples in memory; with `rows` every network call has exactly so many
+    rows, which makes samples bit-equal for every batch (see `FixedRows`).
+    `progress` sees every `State`. Raises InputError for bad input.
 
     >>> from undiffuse import Gaussian, Spectrum, VP
     >>> model = Gaussian(Spectrum(torch.zeros(2), torch.ones(2)))
@@ -174,6 +175,7 @@ def sample(
         raise InputError(f"the number of samples and the batch must be >= 1, got n = {n}, batch = {batch}")
     if cond is not None and len(cond) != n:
         raise InputError(f"the condition has {len(cond)} rows for {n} samples: give one row a sample")
+    guide = prepared(guide, plan.levels if plan is not None else levels, rows or 0)
     model, out = (FixedRows(model, rows) if rows else model), []
     with torch.no_grad():
         for start in range(0, n, batch or n):

@@ -158,9 +158,9 @@ def decide(model: Model, run: Path, plan: Plan, labels: bool, batch: int = 64) -
     train, held = data_of_run(model.config, run, 0)
     feature = open_features("auto", train.x, held.name.split(" (")[0])[0]
     real, config = extract(feature, held.x), model.config
-    guidance: Guidance = config.build("guidance") if labels else CFG()
+    guidance: Guidance = model.guide() if labels else CFG()
     guided = {"guidance as it was": guidance}
-    if isinstance(guidance, CFG) and guidance.w not in (0, 1):
+    if type(guidance) is CFG and guidance.w not in (0, 1):
         others = intervals(guidance.w, model.spectrum.std, model.schedule)
         guided |= {name: other for name, other in others.items() if other != guidance}
     stochastic = noisy(model.schedule, plan.nfe, spectrum=model.spectrum, strengths=(0.3, 1.0))
@@ -179,7 +179,7 @@ def decide(model: Model, run: Path, plan: Plan, labels: bool, batch: int = 64) -
     )
     best = candidates[found.chosen]
     chosen = best.plan if found.chosen == next(iter(candidates)) else judged_by(best.plan, feature.hash)
-    if isinstance(best.guidance, CFG) and labels:
+    if type(best.guidance) is CFG and labels:
         interval = {"lam_min": best.guidance.lam_min, "lam_max": best.guidance.lam_max}
         config = Config.resolve(config.values, {"guidance": {"kind": "cfg", "w": best.guidance.w} | interval})
     return Decision(found, chosen, config, feature.name)

@@ -36,6 +36,9 @@ class Plan(Protocol):
     @property
     def start(self) -> Tensor: ...  # (alpha, sigma) of the first level
 
+    @property
+    def levels(self) -> list[Level]: ...  # of the evaluations
+
     def run(self, denoise: Denoise, x: Tensor, noise: Noise | None = None) -> Tensor: ...
 
 

@@ -46,7 +46,7 @@ class Sampler:
     @property
     def guidance(self) -> Guidance:
         """The configured guidance; none without conditions."""
-        return CFG() if self.told is None else self.model.config.build("guidance")  # type: ignore[no-any-return]
+        return CFG() if self.told is None else self.model.guide()
 
     @property
     def steps(self) -> int:

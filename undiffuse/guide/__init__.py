@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from undiffuse.guide.cfg import CFG
+from undiffuse.guide.apg import APG
+from undiffuse.guide.auto import Autoguidance
+from undiffuse.guide.cfg import CFG, PerLevel
+from undiffuse.guide.classifier import ClassifierGuidance
 from undiffuse.guide.composed import Composed
+from undiffuse.guide.contrast import Contrast
+from undiffuse.guide.effective import effective_scale
+from undiffuse.guide.rescale import Rescale, Thresholded
+from undiffuse.guide.steps import CFGpp, CFGZero
+from undiffuse.level import Level
 from undiffuse.types import Denoise, InputError, Model
 
 
@@ -16,7 +24,18 @@ class Guidance(Protocol):
     def __call__(self, model: Model, cond: Any, /) -> Denoise: ...
 
 
-GUIDES: dict[str, Callable[..., Guidance]] = {"cfg": CFG, "composed": Composed}
+GUIDES: dict[str, Callable[..., Guidance]] = {
+    "cfg": CFG,
+    "per-level": PerLevel,
+    "rescale": Rescale,
+    "threshold": Thresholded,
+    "apg": APG,
+    "cfg++": CFGpp,
+    "cfg-zero": CFGZero,
+    "autoguidance": Autoguidance,
+    "classifier": ClassifierGuidance,
+    "composed": Composed,
+}
 
 
 def guide_of(guidance: Guidance | float | Mapping[str, float]) -> Guidance:
@@ -33,4 +52,28 @@ def guide_of(guidance: Guidance | float | Mapping[str, float]) -> Guidance:
     return guidance
 
 
-__all__ = ["CFG", "GUIDES", "Composed", "Guidance", "guide_of"]
+def prepared(guide: Guidance, levels: Sequence[Level], rows: int = 0) -> Guidance:
+    """The guidance for a walk along these levels, with network calls of `rows` rows each, if any: kinds that go by the
+    steps, or ask other networks, have a method of this name."""
+    own: Callable[[Sequence[Level], int], Guidance] | None = getattr(guide, "prepared", None)
+    return guide if own is None else own(levels, rows)
+
+
+__all__ = [
+    "APG",
+    "CFG",
+    "GUIDES",
+    "Autoguidance",
+    "CFGZero",
+    "CFGpp",
+    "ClassifierGuidance",
+    "Composed",
+    "Contrast",
+    "Guidance",
+    "PerLevel",
+    "Rescale",
+    "Thresholded",
+    "effective_scale",
+    "guide_of",
+    "prepared",
+]

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from undiffuse.guide.cfg import CFG, check_interval, inside
+from undiffuse.guide.cfg import CFG
+from undiffuse.guide.contrast import asked, check_interval, inside
 from undiffuse.level import Level
 from undiffuse.types import Denoise, InputError, Model
 
@@ -68,8 +68,8 @@ class Composed:
             )
         cond.only(self.names)
         always = [name for name in cond.reads if name not in self.names]
-        asked = [cond.only((*names, *always)) for names in self.terms()]
-        return _Bound(model, cond, self, asked, list(self.terms().values()))
+        told = [cond.only((*names, *always)) for names in self.terms()]
+        return _Bound(model, cond, self, told, list(self.terms().values()))
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,8 @@ class _Bound:
             return self.model(x, level, self.cond)  # type: ignore[no-any-return]
         if len(self.asked) == 1:  # with the factor 1
             return self.model(x, level, self.asked[0])  # type: ignore[no-any-return]
-        n = len(self.asked)
-        if level.alpha.ndim:
-            level = Level(torch.cat([level.alpha] * n), torch.cat([level.sigma] * n))
-        answers = self.model(torch.cat([x] * n), level, type(self.cond).cat(self.asked)).chunk(n)
-        out: Tensor = sum(factor * answer for factor, answer in zip(self.factors, answers, strict=True))
+        answers = asked(self.model, x, level, self.asked)
+        out: Tensor = sum(factor * answer for factor, answer in zip(self.factors, answers, strict=True))  # type: ignore[assignment]
         return out
 
     def reverse(self, x: Tensor, now: Level, then: Level) -> tuple[Tensor, Tensor]:

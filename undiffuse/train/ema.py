@@ -189,7 +189,7 @@ class Snapshots:
         return Checkpoints(self.root).steps()
 
     def average(self, length: float, end: int | None = None, most: float = 0.15) -> tuple[dict[str, Tensor], Fit]:
-        """The weights averaged with the power rule of this length up to step `end`, or up to the newest snapshot, for
+        """The weights averaged with the power rule of this length up to the snapshot of step `end`, or the newest, for
         `load_state_dict`.
 
         Raises InputError where there are no snapshots, where that of step `end` is missing, and where the nearest
@@ -199,11 +199,12 @@ class Snapshots:
         steps = self.steps()
         if not steps:
             raise InputError(f"{self.root} has no snapshots to rebuild an average from: train with train.snapshots=16")
-        if end not in (None, steps[-1]):
+        if end is not None and end not in steps:
             raise InputError(
                 f"{self.root / f'step-{end}'} is missing, the snapshot with which averages of the run end (it has "
                 f"those of steps {', '.join(map(str, steps))}): put it back, or train the run again"
             )
+        steps = [step for step in steps if end is None or step <= end]
         for step in steps:
             verify(self.root / f"step-{step}")
         about = {step: json.loads((self.root / f"step-{step}" / _ABOUT).read_text()) for step in steps}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from undiffuse.denoise import Counter
 from undiffuse.grid import Grid, Karras, Levels, Quadratic, UniformLam, UniformT, check_levels
-from undiffuse.guide import Guidance, guide_of
+from undiffuse.guide import Guidance, guide_of, prepared
 from undiffuse.modal import Modal, SpectralGrid, spectral
 from undiffuse.sample import Noise
 from undiffuse.schedule import Schedule
@@ -151,7 +151,7 @@ def auto(
         out = []
         for start in range(rows.start, rows.stop, batch or noises):
             part = slice(start, min(rows.stop, start + (batch or noises)))
-            denoise = guide(counter, None if cond is None else cond[part].to(device))
+            denoise = prepared(guide, plan.levels)(counter, None if cond is None else cond[part].to(device))
             out.append(plan.run(denoise, plan.start[1] * z[part]))
         return torch.cat(out).flatten(1).double().cpu()
 
