@@ -511,9 +511,11 @@ def _how(config: Config, guided: bool, nfe: int | None, plan: Path | None) -> st
 
 def _weight(config: Config, guided: bool) -> str:
     values = config.values["guidance"]
-    if not guided or "w" not in values:
+    if not guided:
         return ""
-    if isinstance(values["w"], list):
+    if values["kind"] not in ("cfg", "composed"):
+        return f"-{values['kind']}-{digest(json.dumps(values, sort_keys=True))[:6]}"
+    if "names" in values:
         return "".join(f"-w_{name}{w:g}" for name, w in zip(values["names"], values["w"], strict=True))
     return f"-w{values['w']:g}"
 

@@ -110,6 +110,11 @@ class Modal:
         return self.tables[0].start
 
     @property
+    def end(self) -> Tensor:
+        """(alpha, sigma) of the last level."""
+        return self.tables[0].end
+
+    @property
     def tuned_on(self) -> tuple[str, ...]:
         """The hashes of the features on which any of the tables was tuned."""
         return tuple(dict.fromkeys(feature for table in self.tables for feature in table.tuned_on))

@@ -175,7 +175,7 @@ def sample(
         raise InputError(f"the number of samples and the batch must be >= 1, got n = {n}, batch = {batch}")
     if cond is not None and len(cond) != n:
         raise InputError(f"the condition has {len(cond)} rows for {n} samples: give one row a sample")
-    guide = prepared(guide, plan.levels if plan is not None else levels, rows or 0)
+    guide = prepared(guide, levels if plan is None else plan, rows or 0)
     model, out = (FixedRows(model, rows) if rows else model), []
     with torch.no_grad():
         for start in range(0, n, batch or n):

@@ -37,6 +37,9 @@ class Plan(Protocol):
     def start(self) -> Tensor: ...  # (alpha, sigma) of the first level
 
     @property
+    def end(self) -> Tensor: ...  # that of the last one
+
+    @property
     def levels(self) -> list[Level]: ...  # of the evaluations
 
     def run(self, denoise: Denoise, x: Tensor, noise: Noise | None = None) -> Tensor: ...

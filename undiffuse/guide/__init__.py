@@ -15,7 +15,7 @@ from undiffuse.guide.effective import effective_scale
 from undiffuse.guide.rescale import Rescale, Thresholded
 from undiffuse.guide.steps import CFGpp, CFGZero
 from undiffuse.level import Level
-from undiffuse.types import Denoise, InputError, Model
+from undiffuse.types import Denoise, InputError, Model, Plan
 
 
 class Guidance(Protocol):
@@ -52,11 +52,13 @@ def guide_of(guidance: Guidance | float | Mapping[str, float]) -> Guidance:
     return guidance
 
 
-def prepared(guide: Guidance, levels: Sequence[Level], rows: int = 0) -> Guidance:
-    """The guidance for a walk along these levels, with network calls of `rows` rows each, if any: kinds that go by the
-    steps, or ask other networks, have a method of this name."""
+def prepared(guide: Guidance, walk: Sequence[Level] | Plan, rows: int = 0) -> Guidance:
+    """The guidance for a walk along these levels, or a plan's, with network calls of `rows` rows each, if any: kinds
+    that go by the steps, or ask other networks, have a method of this name. Every evaluation of a plan is a step."""
     own: Callable[[Sequence[Level], int], Guidance] | None = getattr(guide, "prepared", None)
-    return guide if own is None else own(levels, rows)
+    if own is None:
+        return guide
+    return own(walk if isinstance(walk, Sequence) else [*walk.levels, Level(*walk.end)], rows)
 
 
 __all__ = [

@@ -53,8 +53,8 @@ class PerLevel(Contrast):
     3.0
     """
 
-    lam: tuple[float, ...]
-    w: tuple[float, ...]
+    lam: tuple[float, ...] = (0.0,)
+    w: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
         rising = all(a < b for a, b in zip(self.lam, self.lam[1:], strict=False))

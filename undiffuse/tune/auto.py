@@ -151,7 +151,7 @@ def auto(
         out = []
         for start in range(rows.start, rows.stop, batch or noises):
             part = slice(start, min(rows.stop, start + (batch or noises)))
-            denoise = prepared(guide, plan.levels)(counter, None if cond is None else cond[part].to(device))
+            denoise = prepared(guide, plan)(counter, None if cond is None else cond[part].to(device))
             out.append(plan.run(denoise, plan.start[1] * z[part]))
         return torch.cat(out).flatten(1).double().cpu()
 

@@ -48,7 +48,7 @@ class Candidate(NamedTuple):
     @property
     def rows(self) -> int:
         """Network rows of a sample: an evaluation that is guided, w being neither 0 nor 1, has two."""
-        guide = prepared(guide_of(self.guidance), self.plan.levels)
+        guide = prepared(guide_of(self.guidance), self.plan)
         if not isinstance(guide, Contrast):
             raise InputError(f"the rows of guidance {guide} are not known: take a weight or CFG")
         return sum(1 if guide.weight_at(level) in (0, 1) else 2 for level in self.plan.levels)
@@ -202,7 +202,7 @@ def drawing(
 
     @torch.no_grad()
     def draw(candidate: Candidate, indices: range) -> Tensor:
-        out, guide = [], prepared(guide_of(candidate.guidance), candidate.plan.levels)
+        out, guide = [], prepared(guide_of(candidate.guidance), candidate.plan)
         for start in range(0, len(indices), batch or len(indices)):
             part = indices[start : start + (batch or len(indices))]
             noise = Noise((len(part), *shape), seed_of(seed, 4), part, dtype, device)

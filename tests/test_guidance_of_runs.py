@@ -1,0 +1,63 @@
+"""Guidance that asks other networks: those of runs."""
+
+import pytest
+import torch
+
+import undiffuse
+from undiffuse import Autoguidance, InputError
+from undiffuse.config import Config, parse_overrides
+from undiffuse.fit import fit
+
+SMALL = "net.width=16 train.steps=12 train.batch=16 train.snapshots=4 eval.every=0 track=none sample.rows=4"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("guided") / "run"
+    fit(Config.resolve(parse_overrides(SMALL.split()), {"out": str(out)}))
+    return out
+
+
+def test_the_weak_version_is_the_average_as_it_was(trained):
+    model = undiffuse.load(trained)
+    early = undiffuse.load(trained, until=0.5)
+    from undiffuse.train import Snapshots
+
+    state, _ = Snapshots(trained / "averages").average(model.config.values["ema"]["length"], 6)
+    for name, value in early.denoiser.named_parameters():
+        assert torch.equal(value, state[name]), name
+    guide = model.guide(Autoguidance(3.0, until=0.5))
+    x = model.sample(2, label=[1, 2], steps=3, guidance=guide)
+    assert torch.equal(x, model.sample(2, label=[1, 2], steps=3, guidance=Autoguidance(3.0, weak=early.denoiser)))
+    assert not torch.allclose(x, model.sample(2, label=[1, 2], steps=3, guidance=1.0), atol=1e-4)
+
+
+def test_autoguidance_on_the_command_line(run, trained, tmp_path):
+    words = ["sample", trained, "--class", "3", "-n", 2, "sample.steps=2", "guidance=autoguidance", "guidance.w=2"]
+    code, out, _ = run(*words, "guidance.until=0.25", "--out", tmp_path / "a.npy", "--json")
+    assert code == 0, out
+    code, _, err = run(*words, "guidance.run=nowhere", "--out", tmp_path / "b.npy")
+    assert code == 2 and "nowhere does not exist" in err
+    code, _, err = run(*words, "guidance.ema=0.4", "--out", tmp_path / "b.npy")
+    assert code == 2 and "guidance.ema" in err
+    code, _, err = run("sample", "digits", *words[2:], "--out", tmp_path / "b.npy")
+    assert code == 2 and "comes along with one set of weights" in err
+    assert not (tmp_path / "b.npy").exists()
+
+
+def test_a_model_of_no_folder_has_no_earlier_average(trained):
+    from dataclasses import replace
+
+    model = replace(undiffuse.load(trained), folder=None)
+    with pytest.raises(InputError, match="no run folder"):
+        model.guide(Autoguidance(2.0))
+
+
+@pytest.mark.parametrize("kind", ["rescale", "threshold", "apg", "cfg++", "cfg-zero", "per-level"])
+def test_kinds_of_guidance_by_configuration(run, trained, tmp_path, kind):
+    more = ["guidance.lam=[-2,2]", "guidance.w=[1,3]"] if kind == "per-level" else []
+    words = ["sample", trained, "--class", "3", "-n", 2, f"guidance={kind}", *more]
+    code, out, err = run(*words, "sample.steps=2", "--out", tmp_path / "a.npy")
+    assert code == 0, err
+    code, out, err = run(*words, "--nfe", 3, "--out", tmp_path / "a.npy")
+    assert code == 0, err
