@@ -84,6 +84,10 @@ class _Exact(nn.Module):
     def _flat_posterior(self, x: Tensor, alpha: Tensor, sigma: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
+    def _log_likelihoods(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Iterator[Tensor]:
+        """log q(x | component) (b, some components) up to a term that all components share, some after the others."""
+        raise NotImplementedError
+
     def _log_weights(self, cond: Any, b: int, log_w: Tensor) -> Tensor:
         """(b, components): log prior weights given the condition; a zero vector is the null condition."""
         log_w = log_w.expand(b, -1)
@@ -117,6 +121,25 @@ class _Exact(nn.Module):
         x0, var = self.posterior(x, now, cond)
         _, c_x0, std = reverse_transition(now, then)
         return x0, std**2 + c_x0**2 * var
+
+    def classes(self, x: Tensor, level: Level) -> Tensor:
+        """log p(c | x) (b, classes) in the dtype of x, computed in float64; -inf for a class without components.
+
+        Its gradient is (alpha / sigma^2) (E[x0 | x, c] - E[x0 | x]), the exact one of classifier guidance (Dhariwal and
+        Nichol 2021, arXiv 2105.05233, section 4). Raises InputError without classes.
+        """
+        if self.membership is None:
+            raise InputError("this exact denoiser has no classes: give `labels` when building it")
+        flat, start = x.double().reshape(x.shape[0], -1), 0
+        parts: list[list[Tensor]] = [[] for _ in self.membership.T]
+        for likelihood in self._log_likelihoods(flat, _rows(level.alpha), _rows(level.sigma)):
+            which = slice(start, start := start + likelihood.shape[1])
+            for part, members in zip(parts, self.membership[which].T.bool(), strict=True):
+                if bool(members.any()):  # a sum of nothing would have no gradient
+                    part.append((self.log_w[which] + likelihood)[:, members].logsumexp(1))
+        none = torch.full_like(flat[:, 0], -math.inf)
+        joint = [torch.stack(part, 1).logsumexp(1) if part else none for part in parts]
+        return torch.stack(joint, 1).log_softmax(1).to(x.dtype)
 
 
 def _one_hot(labels: Tensor | Sequence[int] | None, n: int) -> Tensor | None:
@@ -163,7 +186,8 @@ class Mixture(_Exact):
         self.register_buffer("log_w", (w / w.sum()).log())
         self.register_buffer("membership", _one_hot(labels, n))
 
-    def _flat_posterior(self, x: Tensor, alpha: Tensor, sigma: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    def _components(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and variance of x0 given x and the component (b, components, d), and log q(x | component)."""
         if x.shape[1] != self.means.shape[1]:
             raise InputError(f"samples of {x.shape[1]} elements for a mixture in {self.means.shape[1]} dimensions")
         a, s = (c if c.ndim == 0 else c[..., None] for c in (alpha, sigma))  # (b, 1, 1) against (b, components, d)
@@ -191,6 +215,13 @@ class Mixture(_Exact):
                 beyond = (off - inside).square().sum(-1)
                 log_p = log_p - 0.5 * (rest * total_r.log() + beyond[..., None] / total_r)[..., 0]
             mean = self.means + mean
+        return mean, variance, log_p
+
+    def _log_likelihoods(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Iterator[Tensor]:
+        yield self._components(x, alpha, sigma)[2]
+
+    def _flat_posterior(self, x: Tensor, alpha: Tensor, sigma: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
+        mean, variance, log_p = self._components(x, alpha, sigma)
         resp = torch.softmax(log_w + log_p, 1)[..., None] if len(self.means) > 1 else torch.ones_like(mean[..., :1])
         x0 = (resp * mean).sum(1)
         return x0, (resp * (variance + (mean - x0[:, None]) ** 2)).sum(1)
@@ -230,15 +261,24 @@ class Dataset(_Exact):
         self.register_buffer("log_w", torch.zeros(len(points), dtype=torch.float64))
         self.register_buffer("membership", _one_hot(labels, len(points)))
 
-    def _flat_posterior(self, x: Tensor, alpha: Tensor, sigma: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    def _chunks(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some points after the others with log q(x | point)."""
         if x.shape[1] != self.points.shape[1]:
             raise InputError(f"samples of {x.shape[1]} elements for data of {self.points.shape[1]}")
         s2 = (sigma**2).clamp(min=1e-30)
+        for points in torch.split(self.points, self.chunk):
+            p = points.double()
+            yield p, (alpha * (x @ p.T) - alpha**2 * p.square().sum(1) / 2) / s2
+
+    def _log_likelihoods(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Iterator[Tensor]:
+        return (likelihood for _, likelihood in self._chunks(x, alpha, sigma))
+
+    def _flat_posterior(self, x: Tensor, alpha: Tensor, sigma: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
         top = torch.full((len(x), 1), -math.inf, dtype=torch.float64, device=x.device)
         mass, first, second = torch.zeros_like(top), torch.zeros_like(x), torch.zeros_like(x)
-        for start in range(0, len(self.points), self.chunk):
-            p = self.points[start : start + self.chunk].double()
-            logit = (alpha * (x @ p.T) - alpha**2 * p.square().sum(1) / 2) / s2 + log_w[:, start : start + self.chunk]
+        weights = torch.split(log_w, self.chunk, 1)
+        for (p, likelihood), weight in zip(self._chunks(x, alpha, sigma), weights, strict=True):
+            logit = likelihood + weight
             new = torch.maximum(top, logit.amax(1, keepdim=True))
             old = torch.where(torch.isfinite(top), (top - new).exp(), 0.0)
             r = torch.where(torch.isfinite(logit), (logit - new).exp(), 0.0)

@@ -169,6 +169,65 @@ def test_a_class_condition_keeps_the_components_of_that_class(kind):
     assert torch.allclose(model(x, level, Label(3)([1, 0, 2]).null()), model(x, level))
 
 
+CLASSES = torch.tensor([0, 2, 2, 3, 0, 3, 2])  # none is of class 1
+
+
+def told_apart(kind):
+    """Seven components of three classes of four, in chunks that hold some classes only."""
+    points = torch.randn(7, 3, generator=torch.Generator().manual_seed(1)).double()
+    if kind == "dataset":
+        return Dataset(points, CLASSES, chunk=3)
+    variances = torch.linspace(0.1, 0.7, 7).double()
+    return Mixture([Spectrum(p, v.expand(3)) for p, v in zip(points, variances, strict=True)], range(1, 8), CLASSES)
+
+
+@pytest.mark.parametrize("kind", ["mixture", "dataset"])
+@pytest.mark.parametrize("space", ["vp", "flow", "ve"])
+def test_classes_are_bayes_rule(kind, space):
+    """p(c) q(x | c) over its sum, the densities being those of torch's own mixtures."""
+    model, x = told_apart(kind), torch.randn(6, 3).double()
+    for lam in (-6.0, -1.0, 0.5, 2.0):
+        level = Level.at(lam, space)
+        means = model.points.double() if kind == "dataset" else model.means
+        variances = torch.zeros(7, 3).double() if kind == "dataset" else model.variances
+        q = torch.distributions.Normal(level.alpha * means, (level.alpha**2 * variances + level.sigma**2).sqrt())
+        p = model.log_w.exp() * q.log_prob(x[:, None]).sum(-1).exp()
+        joint = torch.stack([p[:, c == CLASSES].sum(1) for c in range(4)], 1)
+        got = model.classes(x, level)
+        assert torch.allclose(got, (joint / joint.sum(1, keepdim=True)).log(), rtol=1e-9, atol=1e-9)
+        assert (got[:, 1] == -math.inf).all()
+
+
+@pytest.mark.parametrize("kind", ["mixture", "dataset"])
+@pytest.mark.parametrize("space", ["vp", "flow", "ve"])
+def test_the_gradient_of_a_class_is_the_pull_of_its_denoiser(kind, space):
+    """grad log p(c | x) = (alpha / sigma^2) (E[x0 | x, c] - E[x0 | x]), down to levels where classes are certain."""
+    model, c = told_apart(kind), torch.tensor([0, 2, 3, 3, 0, 2])
+    for lam in (-6.0, -1.0, 0.5, 5.0):
+        level, x = Level.at(lam, space), torch.randn(6, 3).double().requires_grad_()
+        (got,) = torch.autograd.grad(model.classes(x, level)[range(6), c].sum(), x)
+        pull = level.alpha / level.sigma**2 * (model(x, level, Label(4)(c)) - model(x, level))
+        assert torch.isfinite(got).all()
+        assert torch.allclose(got, pull, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["mixture", "dataset"])
+def test_classes_at_both_ends_at_many_levels_and_without_labels(kind):
+    model, x = told_apart(kind), torch.randn(3, 3)
+    prior = torch.stack([model.log_w.softmax(0)[c == CLASSES].sum() for c in range(4)]).log().float()
+    assert torch.allclose(model.classes(x, Level(0, 1)), prior.expand(3, 4))
+    lams = torch.tensor([-2.0, 0.0, 3.0])
+    together = model.classes(x.double(), Level.at(lams).reshape(-1, 1))
+    alone = [model.classes(x[i : i + 1].double(), Level.at(float(lam))) for i, lam in enumerate(lams)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-12)
+    nearest = Dataset(torch.tensor([[-1.0], [1.0], [1.5]]), [0, 1, 1]).classes(
+        torch.tensor([[-0.2], [0.1]]), Level(1, 0)
+    )
+    assert nearest.exp().tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    with pytest.raises(InputError, match="no classes: give `labels`"):
+        Gaussian(diagonal(1.0)).classes(torch.zeros(1, 1), Level(0.8, 0.6))
+
+
 def test_reverse_variance_is_the_law_of_total_variance():
     """Data N(0, v): x_then given x_now is Gaussian with the covariance's Schur complement."""
     v, (now, then) = 0.3, at([-0.7, 0.9])
