@@ -1,7 +1,7 @@
 """Guidance on trained models: fidelity, diversity and saturation over the scale of guidance that samples really see.
 
 `python benchmarks/guided.py [fashion scenes]` trains what is not trained yet into runs/guidance/ (fashion and its
-classifier of noisy data: 40 CPU minutes; scenes is the recipe text.toml: 20), measures every kind of guidance at several
+classifier: 40 CPU minutes; scenes is the recipe text.toml: 20), measures every kind of guidance at several
 strengths, and writes its section and docs/guidance-NAME.png. It goes on where it stopped: scores are kept in
 runs/guidance/NAME-scores.json. The best strength of each kind is measured again on fresh samples.
 """
