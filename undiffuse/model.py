@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from undiffuse.cond import Cond, Conditioned, Encoders, Given, Label, in_turn, prompt
 from undiffuse.conditions import told, value_of, whole
@@ -79,6 +79,29 @@ def run_folder(run: str | Path) -> Path:
     return found
 
 
+def finished(run: str | Path) -> tuple[Path, Path]:
+    """A run's folder, and in it the folder of its model, which verifies; InputError where there is none."""
+    found = run_folder(run)
+    if not (found / "model").is_dir():
+        raise InputError(f"{run} has no finished model: run its training command again, it goes on where it stopped")
+    verify(found / "model")
+    return found, found / "model"
+
+
+def take_average(module: nn.Module, run: Path, config: Config, ema: float) -> None:
+    """Give the module the average of this length, rebuilt from the run's snapshots; a warning where it is not near."""
+    state, fit = Snapshots(run / "averages").average(ema, config.section("train").steps)
+    load_weights(module, state)
+    if fit.error > 0.02:
+        there = f"the run's snapshots give the average of length {ema:g} to within {100 * fit.error:.0f} % only"
+        warnings.warn(f"{there}: train with more of them", stacklevel=3)
+
+
+def average_file(config: Config) -> str:
+    """The name of the file with a model's averaged weights."""
+    return f"ema-{'-'.join(str(value) for value in config.values['ema'].values())}.safetensors"
+
+
 def fingerprint(run: str | Path) -> str:
     """The hash of a finished model's hashes."""
     manifest = json.loads((Path(run) / "model" / MANIFEST).read_text())
@@ -107,6 +130,15 @@ class Model:
     def __repr__(self) -> str:
         told = f"{self.classes} classes" if self.encoders is None else f"told {', '.join(self.encoders.encoders)}"
         return f"Model({self.parameters:,} parameters, shape {self.shape}, {told})"
+
+    @property
+    def module(self) -> Denoiser:
+        """What is trained."""
+        return self.denoiser
+
+    def having(self, module: Any) -> Model:
+        """The same with another denoiser."""
+        return replace(self, denoiser=module)
 
     @property
     def average(self) -> str:
@@ -416,8 +448,7 @@ class Model:
             scale = {} if self.scale is None else {"scale": json.loads(self.scale.to_json())}
             told = {} if self.encoders is None else {"conditions": self.encoders.settings()}
             (aside / "model.json").write_text(json.dumps({**about, **scale, **told}))
-            kind = "-".join(str(value) for value in self.config.values["ema"].values())
-            save_file(weights(self.denoiser), aside / f"ema-{kind}.safetensors")
+            save_file(weights(self.denoiser), aside / average_file(self.config))
             self.spectrum.save(aside / "spectrum.safetensors")
             if self.shown_with is not None:
                 save_file(self.shown_with.tensors(), aside / "conditions.safetensors")
@@ -432,15 +463,14 @@ class Model:
         snapshots (train.snapshots; see `Snapshots` for the lengths that they give). InputError says what is wrong with
         the folder or the length.
         """
-        found = run_folder(run)
-        folder = found / "model"
-        if not folder.is_dir():
-            raise InputError(
-                f"{run} has no finished model: run its training command again, it goes on where it stopped"
-            )
-        verify(folder)
+        found, folder = finished(run)
         try:
             config = Config.resolve(Config.read(folder / "config.toml"))
+            if config.classifies:
+                raise InputError(
+                    f"{run} holds a classifier, which guides samples of other runs and has none of its own: "
+                    "`undiffuse info` shows it, and undiffuse.ClassifierModel.load reads it"
+                )
             about = json.loads((folder / "model.json").read_text())
             spectrum = Spectrum.load(folder / "spectrum.safetensors")
             scale = Statistics.from_json(json.dumps(about["scale"])) if "scale" in about else None
@@ -461,11 +491,7 @@ class Model:
                 raise InputError(
                     f"{found.name} comes along with one set of weights, the average {model.average}: leave `ema` out"
                 )
-            state, fit = Snapshots(found / "averages").average(ema, config.section("train").steps)
-            load_weights(model.denoiser, state)
-            if fit.error > 0.02:
-                there = f"the run's snapshots give the average of length {ema:g} to within {100 * fit.error:.0f} % only"
-                warnings.warn(f"{there}: train with more of them", stacklevel=2)
+            take_average(model.denoiser, found, config, ema)
             model = replace(model, ema=ema)
         model.denoiser.eval().requires_grad_(False)
         return model
