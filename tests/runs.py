@@ -63,6 +63,24 @@ def run(data, out, stop=None, workers=0, **more):
     return seen
 
 
+def run_classifier(data, out, stop=None):
+    """As `run`, of a classifier with augmentation and snapshots; by step: loss, errors."""
+    torch.set_num_threads(1)
+    seen = {}
+
+    def progress(state, steps):
+        seen[state.step] = (state.loss, state.error.tolist())
+        if state.step == stop:
+            raise Stop
+
+    ours = {key: value for key, value in SETTINGS.items() if key != "sample"}
+    layer = {"kind": "classifier", "data": {"name": data, "size": 8, "crop": "random"}, "out": str(out)}
+    more = {"eval": {"every": 4}, "augment": "flip", "train": {**SETTINGS["train"], "snapshots": 2}}
+    with contextlib.suppress(Stop), mock.patch("undiffuse.plot.plot_curves"):
+        fit(Config.resolve({**ours, **layer, **more}), progress, log_every=2, processes=Processes.start("cpu"))
+    return seen
+
+
 def write_told(folder):
     """30 pictures with labels, of which three have a text."""
     g, lines = np.random.default_rng(0), []

@@ -57,7 +57,7 @@ def test_levels_time_weights_and_loss_stay_in_float32(precision, inside):
     states = list(train(model, POINTS, Objective(VP()), Plan(steps=2, batch=4, precision=precision)))
     assert set(model.net.types) == {(torch.float32, torch.float32, inside)}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert all(state.mse.dtype == state.lam.dtype == torch.float64 for state in states)
+    assert all(state.error.dtype == state.lam.dtype == torch.float64 for state in states)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

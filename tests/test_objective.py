@@ -112,7 +112,7 @@ def test_the_loss_of_a_silent_network_is_analytic(name, weight, space):
     x0, eps, level = every_pair(LAMS, space, [SD**2])
     got = objective(silent(head), x0, eps, level)
     out2, square = textbook(name, LAMS, SD**2 + MEAN**2)
-    assert torch.allclose(got.mse.reshape(9, 4).mean(1), out2 * square, rtol=1e-12)
+    assert torch.allclose(got.error.reshape(9, 4).mean(1), out2 * square, rtol=1e-12)
     assert torch.allclose(got.loss.reshape(9, 4).mean(1), on_x0(weight, LAMS) * out2 * square, rtol=1e-12)
     assert torch.allclose(got.lam[::4], LAMS, atol=1e-12)
 
@@ -165,9 +165,9 @@ def test_the_exact_denoiser_is_stationary_and_its_error_is_the_linear_loss(name,
             slopes.append(torch.cat([p.grad for p in model.parameters()]).norm())
             if not off:
                 assert torch.allclose(model(x0, level), Gaussian(spectrum)(x0, level), rtol=1e-9)
-                assert float(got.mse.detach().mean()) == pytest.approx(float(spectrum.linear_loss(level)), rel=1e-5)
+                assert float(got.error.detach().mean()) == pytest.approx(float(spectrum.linear_loss(level)), rel=1e-5)
             else:
-                assert got.mse.mean() > spectrum.linear_loss(level)
+                assert got.error.mean() > spectrum.linear_loss(level)
         assert slopes[0] < 1e-4 * slopes[1]
 
 
@@ -205,7 +205,7 @@ def test_mse_is_the_plain_error_of_x0(name, space):
     level = Level.at(LAMS, space)
     wide = level.reshape(-1, 1, 1)
     error = (model(wide.diffuse(x0, eps).double(), wide) - x0).square().flatten(1).mean(1)
-    assert torch.allclose(Objective(SPACES[space])(model, x0, eps, level).mse.double(), error, rtol=1e-3)
+    assert torch.allclose(Objective(SPACES[space])(model, x0, eps, level).error.double(), error, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_the_level_goes_to_the_device_of_the_data():
     model = Denoiser(nn.Linear(5, 5, device="meta"), V())
     model.net.forward = lambda x, time, cond: nn.functional.linear(x, model.net.weight)
     got = Objective(VP())(model, x0, eps, Level.at(LAMS))
-    assert got.loss.device.type == got.mse.device.type == "meta"
+    assert got.loss.device.type == got.error.device.type == "meta"
     assert torch.allclose(got.lam, LAMS)
 
 
@@ -695,12 +695,12 @@ def test_a_level_of_pure_noise_trains(name, weight):
     x0, eps = torch.randn(2, 1, 6).double()
     got = objective(silent(head), x0, eps, level)
     answer = eps if name == "flow" else 0
-    assert float(got.mse) == pytest.approx(float((x0 - answer).square().mean()), rel=1e-9)
+    assert float(got.error) == pytest.approx(float((x0 - answer).square().mean()), rel=1e-9)
     share = 1 / 0.25 if weight == "edm" else float(on_x0(weight, torch.tensor(-math.inf)))
-    assert float(got.loss) == pytest.approx(share * float(got.mse), rel=1e-9)
+    assert float(got.loss) == pytest.approx(share * float(got.error), rel=1e-9)
     bins = LevelBins(diagonal(0.25))
-    bins.add(got.lam, got.mse)
-    assert bins.rows() == [{"lam": -4.0, "count": 1, "mse": pytest.approx(float(got.mse)), "linear": 0.25}]
+    bins.add(got.lam, got.error)
+    assert bins.rows() == [{"lam": -4.0, "count": 1, "mse": pytest.approx(float(got.error)), "linear": 0.25}]
 
 
 def test_bins_by_hand():

@@ -101,7 +101,7 @@ def run(root, stop=None, weights=0):
     for state in train(
         unet(weights), POINTS, Objective(VP()), PLAN, cond=LABELS, seed=5, checkpoints=Checkpoints(root)
     ):
-        losses[state.step] = (state.loss, state.grad_norm, state.lr, state.lam.tolist(), state.mse.tolist())
+        losses[state.step] = (state.loss, state.grad_norm, state.lr, state.lam.tolist(), state.error.tolist())
         torch.rand(3)
         if state.step == stop:
             break
@@ -165,7 +165,7 @@ def test_eight_points_are_learned_by_heart():
     linear = float(spectrum.linear_loss(level))
     assert ideal < 0.05 * linear
     assert ideal < error < 0.2 * linear
-    assert float(states[0].mse.mean()) > linear
+    assert float(states[0].error.mean()) > linear
 
 
 def test_the_average_in_the_loop_is_the_power_rule_over_its_own_weights():

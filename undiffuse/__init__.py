@@ -1,5 +1,6 @@
 """undiffuse: the reverse process of diffusion models, exact and readable."""
 
+from undiffuse.classify import Classifier
 from undiffuse.cond import Cond, Conditioned, Encoders, Given, Label, prompt
 from undiffuse.denoise import AnalyticStart, Counter, Dataset, Denoiser, FixedRows, Gaussian, Mixture
 from undiffuse.grid import (
@@ -84,11 +85,16 @@ from undiffuse.version import __version__ as __version__
 
 
 def __getattr__(name: str) -> object:
-    """`load`, `Model` and `fit` come with the configuration's libraries: brought in when first asked for."""
+    """`load`, `Model`, `ClassifierModel` and `fit` come with the configuration's libraries: brought in when first asked
+    for."""
     if name in ("Model", "load"):
         from undiffuse.model import Model
 
         return Model if name == "Model" else Model.load
+    if name == "ClassifierModel":
+        from undiffuse.classifier_model import ClassifierModel
+
+        return ClassifierModel
     if name == "fit":
         from undiffuse.fit import fit
 

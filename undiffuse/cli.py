@@ -32,8 +32,9 @@ from undiffuse import demo as demo_module
 from undiffuse import evaluation, plot
 from undiffuse.certify import Certificate
 from undiffuse.certify import certify as measure
+from undiffuse.classifier_model import ClassifierModel, holds_classifier
 from undiffuse.cond import ENCODERS, in_turn
-from undiffuse.config import DEFAULTS, KINDS, Config, fields, parse_overrides
+from undiffuse.config import DEFAULTS, KINDS, OF_DENOISERS, TRAINED, Config, fields, parse_overrides
 from undiffuse.data.source import digest
 from undiffuse.denoise import Counter
 from undiffuse.evaluation import report
@@ -223,8 +224,24 @@ def train(
     facts["steps_run"] = last[0].step + 1 - first[0] if last else 0
     facts["samples_per_second"] = round(seen / seconds, 1)
     many = f" by {processes.world} processes" if processes.world > 1 else ""
-    text = f"{model.parameters:,} parameters, {seen:,} samples in {seconds:.0f} s{many}. Next: undiffuse sample {out}"
-    _say(as_json, facts, text if last else f"{out} is finished, no step was left. Next: undiffuse sample {out}")
+    ahead = f"Next: undiffuse {'info' if resolved.classifies else 'sample'} {out}"
+    text = f"{model.parameters:,} parameters, {seen:,} samples in {seconds:.0f} s{many}. {ahead}"
+    if isinstance(model, ClassifierModel):
+        facts["scores"] = model.scores
+        if not as_json:
+            console.print(_scores(model))
+    _say(as_json, facts, text if last else f"{out} is finished, no step was left. {ahead}")
+
+
+def _scores(model: ClassifierModel) -> Table:
+    """What a classifier makes of held-out data at each level."""
+    table = Table(title="Held-out samples, at lam = log(alpha / sigma)", title_justify="left")
+    for name in ("lam", "accuracy", "loss, nats", "of the prior alone", "calibration error"):
+        table.add_column(name, justify="right")
+    for row in model.scores:
+        numbers = (f"{row[name]:.3f}" for name in ("accuracy", "loss", "prior", "ece"))
+        table.add_row(f"{row['lam']:+g}", *numbers)
+    return table
 
 
 @app.command()
@@ -760,9 +777,28 @@ def info(
                     settings = {k: d for k, (_, d) in fields(kind).items()}
                     shown = ", ".join(f"{k}={'?' if d is ... else d}" for k, d in settings.items())
                     print(f"# {family}={name}" + (f"  ({shown})" if shown else ""))
+            print(f"# kind={' or '.join(TRAINED)}: a classifier of noisy data has no {', '.join(OF_DENOISERS)}")
         return
     if what == "net":
         return _presets(as_json)
+    if what is not None and holds_classifier(what):
+        reader = ClassifierModel.load(what)
+        facts = {
+            "run": what,
+            "kind": "classifier",
+            "parameters": reader.parameters,
+            "classes": reader.classes,
+            "shape": list(reader.shape),
+            "data_std": round(reader.spectrum.std, 4),
+            "steps": reader.config.values["train"]["steps"],
+        }
+        if not as_json:
+            console.print(_scores(reader))
+        return _say(
+            as_json,
+            facts | ({"scores": reader.scores} if as_json else {}),
+            "\n".join(f"{k:>11}: {v}" for k, v in facts.items()),
+        )
     if what is not None:
         model = Model.load(what)
         facts = {

@@ -21,7 +21,7 @@ from undiffuse.cond.encoders import check_names
 from undiffuse.data import Prepare
 from undiffuse.grid import GRIDS
 from undiffuse.guide import GUIDES
-from undiffuse.nets import NETS
+from undiffuse.nets import CLASSIFIERS, NETS
 from undiffuse.precond import HEADS
 from undiffuse.schedule import SCHEDULES
 from undiffuse.solvers import SOLVERS
@@ -151,7 +151,13 @@ class EvalConfig:
             raise InputError(f"eval.n must be >= 2 samples, got {self.n}")
 
 
+TRAINED = ("denoiser", "classifier")  # what `kind` may be
+# what says nothing to a classifier: whole families and sections, and single settings
+OF_DENOISERS = ("head", "weight", "variance", "coupling", "cond", "solver", "grid", "guidance", "sample")
+_SETTINGS_OF_DENOISERS = {"train": "cond_dropout", "eval": "n"}
+
 DEFAULTS: dict[str, Any] = {
+    "kind": "denoiser",
     "data": {"name": "digits"},
     "cond": {},
     "held_out": 797,
@@ -246,6 +252,10 @@ def _nearest(word: str, words: Sequence[str], what: str) -> str:
     return did_you_mean(word, words) or f"{what}: {', '.join(sorted(words)) or 'none'}"
 
 
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _elsewhere(where: str, key: str, kind: Callable[..., Any], known: Sequence[str]) -> str:
     """What to say of a setting that this kind of a family lacks."""
     kinds = KINDS.get(where) or (ENCODERS if where.startswith("cond.") else {})
@@ -267,7 +277,7 @@ def _check(
             raise InputError(f"unknown key {where}.{key}: {_elsewhere(where, key, kind, list(known))}")
     schema: Any = pydantic.create_model("Settings", **known)  # type: ignore[call-overload]
     try:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in schema(**given)}
+        return {k: _plain(v) for k, v in schema(**given)}
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
@@ -321,6 +331,8 @@ class Config:
                         raise InputError(f"{key} must be {wanted}, got {value!r}")
                     values[key] = value
                     stated.add(key)
+        if values["kind"] not in TRAINED:
+            raise InputError(f"kind={values['kind']!r} is not known: {_nearest(values['kind'], TRAINED, 'there are')}")
         for family, kinds in KINDS.items():
             given = dict(values[family])
             kind = given.pop("kind", None)
@@ -341,6 +353,8 @@ class Config:
         if values["held_out"] < 2:
             raise InputError(f"held_out must be >= 2 samples, got {values['held_out']}")
         config = Config(values, frozenset(stated))
+        if config.classifies:
+            return config._of_classifier()
         for family in KINDS.keys() - {"net"}:
             config.build(family)
         for section in SECTIONS:
@@ -351,19 +365,51 @@ class Config:
             config.encoder(name, {"classes": 1})
         return config
 
+    @property
+    def classifies(self) -> bool:
+        """Whether p(c | x) is what is trained, and not a denoiser."""
+        return bool(self.values["kind"] == "classifier")
+
+    def _of_classifier(self) -> Config:
+        """The same without what only denoisers have; InputError where that was stated."""
+        alone = [key for key in sorted(self.given) if key.split(".")[0] in OF_DENOISERS]
+        alone += [key for key in (f"{s}.{name}" for s, name in _SETTINGS_OF_DENOISERS.items()) if key in self.given]
+        if alone:
+            told = ", ".join(key.removesuffix(".kind") for key in alone)
+            raise InputError(
+                f"kind=classifier has no {told}, which {'are' * (len(alone) > 1) or 'is'} a denoiser's: leave it out"
+            )
+        kind = self.values["net"]["kind"]
+        if kind not in CLASSIFIERS:
+            raise InputError(f"net={kind} cannot be a classifier: kind=classifier takes net={' or '.join(CLASSIFIERS)}")
+        for name, (_, default) in fields(NETS[kind]).items():
+            if name not in fields(CLASSIFIERS[kind]) and self.values["net"][name] != _plain(default):
+                raise InputError(f"net.{name} is for what a denoiser is told: kind=classifier has no such setting")
+        values = {k: v for k, v in self.values.items() if k not in OF_DENOISERS}
+        for section, name in _SETTINGS_OF_DENOISERS.items():
+            values[section] = {k: v for k, v in values[section].items() if k != name}
+        values["net"] = {k: v for k, v in values["net"].items() if k == "kind" or k in fields(CLASSIFIERS[kind])}
+        config = Config(values | {"cond": {}}, self.given)
+        for family in KINDS.keys() & values.keys() - {"net"}:
+            config.build(family)
+        for section in SECTIONS.keys() & values.keys():
+            config.section(section)
+        return config
+
     def measured(self, sigma_data: float, held_out: int, batch: int) -> Config:
         """The same completed by what was measured: `held_out`, `train.batch`, and the head's sigma_data unless it was
         stated."""
         values = {**self.values, "held_out": held_out, "train": {**self.values["train"], "batch": batch}}
-        if "sigma_data" in self.values["head"] and "head.sigma_data" not in self.given:
+        if "sigma_data" in self.values.get("head", ()) and "head.sigma_data" not in self.given:
             values["head"] = {**self.values["head"], "sigma_data": sigma_data}
         return Config(values, self.given)
 
     def build(self, family: str, **extra: Any) -> Any:
         """The object of a family, e.g. `build("solver")`; `extra` are settings that follow from the data."""
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in self.values[family].items()}
+        kinds = CLASSIFIERS if family == "net" and self.classifies else KINDS[family]
         kind: Any = given.pop("kind")
-        return KINDS[family][kind](**given, **extra)
+        return kinds[kind](**given, **extra)
 
     def section(self, name: str) -> Any:
         """The object of a section, e.g. the `Plan` of "train" or the `SampleConfig` of "sample"."""

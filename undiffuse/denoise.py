@@ -15,7 +15,26 @@ from undiffuse.spectrum import Spectrum
 from undiffuse.types import InputError
 
 
-class Denoiser(nn.Module):
+class Headed(nn.Module):
+    """A network `net(x, time, cond)` asked through its head: F(c_in x, time), for x (b, *data) at a level."""
+
+    def __init__(self, net: Callable[..., Tensor], head: Precond) -> None:
+        super().__init__()
+        self.net, self.head = net, head
+
+    def answer(self, x: Tensor, level: Level, cond: Any) -> Tensor:
+        """The network's own answer F at x."""
+        time, each = self.head.time(level), torch.zeros(x.shape[0], device=x.device)
+        # a number is added by the kernel; copied to the device it would be waited for
+        time = each + (time.to(each).reshape(-1) if time.ndim else time)
+        return self.net((self.head.c_in(level) * x).to(self._dtype(x)), time, cond)
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        parameter = next(self.parameters(), None)
+        return x.dtype if parameter is None else parameter.dtype
+
+
+class Denoiser(Headed):
     """A network and its head as E[x0 | x].
 
     `net(x, time, cond)` takes x (b, *data) in float32, time (b,) and the condition, and returns x's shape; with
@@ -30,8 +49,8 @@ class Denoiser(nn.Module):
     """
 
     def __init__(self, net: Callable[..., Tensor], head: Precond, learned_variance: bool = False) -> None:
-        super().__init__()
-        self.net, self.head, self.learned_variance = net, head, learned_variance
+        super().__init__(net, head)
+        self.learned_variance = learned_variance
 
     def answer(self, x: Tensor, level: Level, cond: Any) -> Tensor:
         """The network's own answer F at x."""
@@ -41,14 +60,7 @@ class Denoiser(nn.Module):
                 f"a {name} head cannot start at pure noise (alpha = 0): it does not determine x0 there. "
                 "Sample on a schedule that ends at alpha > 0, or train with a v, flow, x0 or edm head"
             )
-        time, each = self.head.time(level), torch.zeros(x.shape[0], device=x.device)
-        # a number is added by the kernel; copied to the device it would be waited for
-        time = each + (time.to(each).reshape(-1) if time.ndim else time)
-        return self.net((self.head.c_in(level) * x).to(self._dtype(x)), time, cond)
-
-    def _dtype(self, x: Tensor) -> torch.dtype:
-        parameter = next(self.parameters(), None)
-        return x.dtype if parameter is None else parameter.dtype
+        return super().answer(x, level, cond)
 
     def forward(self, x: Tensor, level: Level, cond: Any = None) -> Tensor:
         """E[x0 | x] in the dtype of x."""

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from undiffuse.classifier_model import ClassifierModel, assemble_classifier
 from undiffuse.cond import Encoder
 from undiffuse.config import Config
 from undiffuse.data import Data
-from undiffuse.denoise import Denoiser
 from undiffuse.model import Model, assemble
 from undiffuse.rundata import RunData, about_of
 from undiffuse.runlog import Log
@@ -23,7 +23,10 @@ from undiffuse.spectrum import Spectrum
 from undiffuse.train import (
     EMA,
     TRACKED,
+    Aim,
     Checkpoints,
+    ClassifierBins,
+    ClassifierObjective,
     Engine,
     Flip,
     Geometric,
@@ -49,7 +52,7 @@ from undiffuse.train import (
     weights,
 )
 from undiffuse.types import InputError
-from undiffuse.watch import Left, Watch
+from undiffuse.watch import ClassifierWatch, Left, Watch
 
 # what may differ when a run goes on
 NOT_TRAINING = {"out", "track", "engine", "eval", "solver", "grid", "guidance", "sample"}
@@ -67,9 +70,10 @@ class _Opened(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """A finished run: the model, the data that trained it (of large data a part), and the data held out from it."""
+    """A finished run: the model (a `ClassifierModel` of kind=classifier), the data that trained it (of large data a
+    part), and the data held out from it."""
 
-    model: Model
+    model: Any
     train: Data
     held_out: Data
 
@@ -77,6 +81,8 @@ class Fitted(NamedTuple):
 def _identity(config: Config) -> dict[str, Any]:
     """The settings that must be the same when a run goes on."""
     values = {k: v for k, v in config.values.items() if k not in NOT_TRAINING}
+    if not config.classifies:
+        del values["kind"]  # as runs had it that know of no other
     for section, names in HOW.items():
         values[section] = {k: v for k, v in values[section].items() if k not in names}
     return values
@@ -102,7 +108,8 @@ def fit(
 ) -> Fitted:
     """Train by configuration into the run folder `out`, or go on where that run stopped.
 
-    Writes config.toml, data.json, metrics.jsonl (loss per lam bin beside the best linear denoiser, measurements),
+    Writes config.toml, data.json, metrics.jsonl (per lam bin the loss beside the best linear denoiser's, or a
+    classifier's accuracy, and loss beside the prior's; measurements),
     curves.png, samples/, logs/ (trackers), checkpoints/ and model/. `progress(state, steps)` is called after every
     step. In several processes (`accelerate launch`, `torchrun`) all call it. SIGTERM and Ctrl-C save the state first.
     Raises InputError for impossible combinations and for a run folder with other settings, NonFinite if training
@@ -113,7 +120,8 @@ def fit(
     config, data, spectrum, before = _opened(config, processes)
     out = Path(config.values["out"])
     if before is not None and is_sound(out / "model"):
-        return Fitted(replace(Model.load(out), config=config), data.train, data.held_out)
+        load = ClassifierModel.load if config.classifies else Model.load
+        return Fitted(replace(load(out), config=config), data.train, data.held_out)
     if config.section("train").batch == "auto":
         probe = config.measured(_sigma(spectrum), len(data.held_out), 64)
         batch = processes.share(lambda: largest_batch(probe, data, spectrum, processes.device))
@@ -128,7 +136,7 @@ def check(config: Config, processes: Processes) -> None:
     config, data, spectrum, _ = _opened(config, processes)
     model, *_ = _built(config, data, spectrum)
     plan: Plan = config.section("train")
-    made(config.build("optimiser"), model.denoiser, plan.lr, plan.weight_decay)
+    made(config.build("optimiser"), model.module, plan.lr, plan.weight_decay)
 
 
 def _opened(config: Config, processes: Processes) -> _Opened:
@@ -157,21 +165,36 @@ def _sigma(spectrum: Spectrum) -> float:
     return float(f"{spectrum.std:.4g}")
 
 
-def _built(config: Config, data: RunData, spectrum: Spectrum) -> tuple[Model, Objective, EMA]:
+def _assembled(config: Config, data: RunData, spectrum: Spectrum) -> Model | ClassifierModel:
+    """The untrained model; InputError for data that cannot train a classifier."""
+    if not config.classifies:
+        model = assemble(config, spectrum, data.classes, data.conditions.fresh())
+        shown = data.held_out.cond
+        shown = None if shown is None else shown[:SHOWN]
+        return replace(model, names=tuple(data.source.classes), scale=data.prepare.statistics, shown_with=shown)
+    if data.train.labels is None or data.held_out.labels is None or data.classes < 2:
+        found = "no labels" if data.train.labels is None or data.held_out.labels is None else "one class only"
+        raise InputError(
+            f"{data.source.name} has {found}, and kind=classifier learns two or more classes: give a folder with one "
+            "folder a class, a .npz with `labels`, or files with a column `label` in which every sample has one"
+        )
+    counts = torch.bincount(data.train.labels, minlength=data.classes).clamp(min=1)  # a class may be held out whole
+    reader = assemble_classifier(config, spectrum, counts / counts.sum())
+    return replace(reader, names=tuple(data.source.classes), scale=data.prepare.statistics)
+
+
+def _built(config: Config, data: RunData, spectrum: Spectrum) -> tuple[Model | ClassifierModel, Aim, EMA]:
     """The untrained model, what trains it, and its averages; InputError for what cannot be trained together."""
     plan, engine, augment = config.section("train"), config.section("engine"), config.build("augment")
     torch.manual_seed(config.values["seed"])
     try:
-        model = assemble(config, spectrum, data.classes, data.conditions.fresh())
+        model = _assembled(config, data, spectrum)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         raise InputError(f"this network does not fit in memory: {config.values['net']}; make it smaller") from error
-    shown = data.held_out.cond
-    shown = None if shown is None else shown[:SHOWN]
-    model = replace(model, names=tuple(data.source.classes), scale=data.prepare.statistics, shown_with=shown)
-    objective = objective_of(config, spectrum.std)
-    objective.check(model.denoiser)
+    objective = _aim(config, spectrum.std)
+    objective.check(model.module)
     if engine.sharding == "fsdp":
         check_sharded(config.build("optimiser"), plan.precision)
     mirrors = isinstance(augment, Flip) or (isinstance(augment, Geometric) and augment.x_flip)
@@ -181,7 +204,7 @@ def _built(config: Config, data: RunData, spectrum: Spectrum) -> tuple[Model, Ob
             f"augment={config.values['augment']['kind']} is there to prevent: leave one of them out"
         )
     if config.values["augment"]["kind"] != "none" and (
-        maps := [name for name, e in _encoders(model).items() if e.spatial]
+        maps := [name for name, e in _encoders(data).items() if e.spatial]
     ):
         raise InputError(
             f"augment={config.values['augment']['kind']} moves pictures and not the maps that belong to them "
@@ -191,11 +214,11 @@ def _built(config: Config, data: RunData, spectrum: Spectrum) -> tuple[Model, Ob
     find_tracker(config.values["track"])
     profiles = [config.build("ema")]
     profiles += [p for p in map(Power, TRACKED) if plan.snapshots and p not in profiles]
-    return model, objective, EMA(model.denoiser, *profiles)
+    return model, objective, EMA(model.module, *profiles)
 
 
-def _encoders(model: Model) -> Mapping[str, Encoder]:
-    return {} if model.encoders is None else model.encoders.encoders
+def _encoders(data: RunData) -> Mapping[str, Encoder]:
+    return {} if data.conditions.encoders is None else data.conditions.encoders.encoders
 
 
 def _spectrum(data: RunData, out: Path) -> Spectrum:
@@ -217,12 +240,11 @@ def _fit(
 ) -> Fitted:
     plan, seed = config.section("train"), config.values["seed"]
     model, objective, ema = _built(config, data, spectrum)
-    bins = LevelBins(spectrum)
-    average = ema.average
-    assert isinstance(average, Denoiser)
-    averaged, use = replace(model, denoiser=average), config.section("eval")
+    average, use = ema.average, config.section("eval")
+    averaged = model.having(average)
     log, asked = Log(out, config, processes.main), Signals()
-    watch = Watch(averaged, data.train, data.held_out, use.n) if use.every else None
+    bins = ClassifierBins(model.classifier.prior.exp()) if isinstance(model, ClassifierModel) else LevelBins(spectrum)
+    watch = _watch(averaged, data, use.n) if use.every else None
     sharded = processes.shards(engine.sharding)
     watching = Signals() if sharded else asked  # none may leave while others gather
 
@@ -250,7 +272,7 @@ def _fit(
         lock.take()
     with asked, lock:
         for state in train(
-            model.denoiser, data.feed(config.section("data"), engine, seed, out / "bad.jsonl"), objective, plan,
+            model.module, data.feed(config.section("data"), engine, seed, out / "bad.jsonl"), objective, plan,
             seed=seed, checkpoints=Checkpoints(out / "checkpoints"), identity=_identity(config), ema=ema, engine=engine,
             processes=processes, also={"bins": bins.sums}, asked=asked, started=begin, augment=config.build("augment"),
             optimiser=config.build("optimiser"),
@@ -263,7 +285,7 @@ def _fit(
                 replace_text(out / "config.toml", config.toml())
                 replace_text(out / "data.json", json.dumps(data.about(config.section("data"))) + "\n")
             first = False
-            bins.add(state.lam, state.mse)
+            bins.take(state)
             if state.step % log_every == 0 or state.step == plan.steps:
                 row = {"step": state.step, "loss": state.loss, "grad_norm": state.grad_norm, "lr": state.lr}
                 log.add({**row, "bins": bins.rows()})
@@ -272,9 +294,11 @@ def _fit(
             if progress is not None:
                 progress(state, plan.steps)
     if sharded:
-        whole = assemble(config, spectrum, data.classes, data.conditions.fresh()).denoiser
+        whole = _assembled(config, data, spectrum).module
         whole.load_state_dict(weights(average))
-        averaged = replace(averaged, denoiser=whole.eval().requires_grad_(False))
+        averaged = averaged.having(whole.eval().requires_grad_(False))
+    if isinstance(averaged, ClassifierModel) and processes.main:
+        averaged = averaged.judged(data.held_out)
     processes.together(lambda: averaged.save(out / "model"))
     bad = sum(len(path.read_text().splitlines()) for path in out.glob("bad*.jsonl"))
     if bad and processes.main:
@@ -284,8 +308,22 @@ def _fit(
     return Fitted(averaged, data.train, data.held_out)
 
 
-def objective_of(config: Config, std: float) -> Objective:
+def _watch(model: Model | ClassifierModel, data: RunData, n: int) -> Watch | ClassifierWatch:
+    """What measures a run on the way."""
+    if isinstance(model, ClassifierModel):
+        return ClassifierWatch(model, data.held_out)
+    return Watch(model, data.train, data.held_out, n)
+
+
+def _aim(config: Config, std: float) -> Aim:
     """What a configuration trains on data of this std."""
+    if config.classifies:
+        return ClassifierObjective(config.build("schedule"), config.build("levels"), config.build("draws"))
+    return objective_of(config, std)
+
+
+def objective_of(config: Config, std: float) -> Objective:
+    """What a configuration of a denoiser trains on data of this std."""
     names = ("levels", "weight", "draws", "variance", "coupling")
     return Objective(config.build("schedule"), sigma_data=std, **{name: config.build(name) for name in names})
 
@@ -293,9 +331,9 @@ def objective_of(config: Config, std: float) -> Objective:
 def largest_batch(config: Config, data: RunData, spectrum: Spectrum, device: torch.device, most: int = 4096) -> int:
     """The batch, a power of two from 16 on, after which doubling brings under 10 % more samples a second, or memory
     runs out: measured by some steps of the configured network on noise."""
-    model = assemble(config, spectrum, data.classes, data.conditions.fresh()).denoiser.to(device)
+    model = _assembled(config, data, spectrum).module.to(device)
     told = data.conditions.told(data.train)
-    objective = objective_of(config, spectrum.std)
+    objective = _aim(config, spectrum.std)
     best, speed, precision = 16, 0.0, config.section("train").precision
     for b in (2**k for k in range(4, most.bit_length())):
         gradient = Gradient(model, objective, precision, Engine(micro=b), Processes(device=device), 0)

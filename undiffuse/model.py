@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from undiffuse.cond import Cond, Conditioned, Encoders, Given, Label, in_turn, prompt
 from undiffuse.conditions import told, value_of, whole
@@ -79,6 +79,37 @@ def run_folder(run: str | Path) -> Path:
     return found
 
 
+def finished(run: str | Path) -> tuple[Path, Path]:
+    """A run's folder, and in it the folder of its model, which verifies; InputError where there is none."""
+    found = run_folder(run)
+    if not (found / "model").is_dir():
+        raise InputError(f"{run} has no finished model: run its training command again, it goes on where it stopped")
+    verify(found / "model")
+    return found, found / "model"
+
+
+def take_average(module: nn.Module, run: Path, config: Config, ema: float | None, until: float = 1.0) -> float:
+    """Give the module the average of this length, or of the run's own, which it returns, after the share `until` of the
+    training or the snapshot nearest to it; rebuilt from the run's snapshots, with a warning where it is not near."""
+    snapshots, end = Snapshots(run / "averages"), config.section("train").steps
+    length = config.values["ema"].get("length") if ema is None else ema
+    if length is None:
+        raise InputError(f"{run} has an average of no length: say which, such as ema=0.1")
+    if until < 1:
+        end = min(snapshots.steps(), key=lambda step: abs(step - until * end), default=end)
+    state, fit = snapshots.average(length, end)
+    load_weights(module, state)
+    if fit.error > 0.02:
+        there = f"the run's snapshots give the average of length {length:g} to within {100 * fit.error:.0f} % only"
+        warnings.warn(f"{there}: train with more of them", stacklevel=3)
+    return float(length)
+
+
+def average_file(config: Config) -> str:
+    """The name of the file with a model's averaged weights."""
+    return f"ema-{'-'.join(str(value) for value in config.values['ema'].values())}.safetensors"
+
+
 def fingerprint(run: str | Path) -> str:
     """The hash of a finished model's hashes."""
     manifest = json.loads((Path(run) / "model" / MANIFEST).read_text())
@@ -108,6 +139,15 @@ class Model:
     def __repr__(self) -> str:
         told = f"{self.classes} classes" if self.encoders is None else f"told {', '.join(self.encoders.encoders)}"
         return f"Model({self.parameters:,} parameters, shape {self.shape}, {told})"
+
+    @property
+    def module(self) -> Denoiser:
+        """What is trained."""
+        return self.denoiser
+
+    def having(self, module: Any) -> Model:
+        """The same with another denoiser."""
+        return replace(self, denoiser=module)
 
     @property
     def average(self) -> str:
@@ -434,8 +474,7 @@ class Model:
             scale = {} if self.scale is None else {"scale": json.loads(self.scale.to_json())}
             told = {} if self.encoders is None else {"conditions": self.encoders.settings()}
             (aside / "model.json").write_text(json.dumps({**about, **scale, **told}))
-            kind = "-".join(str(value) for value in self.config.values["ema"].values())
-            save_file(weights(self.denoiser), aside / f"ema-{kind}.safetensors")
+            save_file(weights(self.denoiser), aside / average_file(self.config))
             self.spectrum.save(aside / "spectrum.safetensors")
             if self.shown_with is not None:
                 save_file(self.shown_with.tensors(), aside / "conditions.safetensors")
@@ -451,15 +490,14 @@ class Model:
         was at the nearest snapshot to that share of the training. InputError says what is wrong with the folder or the
         length.
         """
-        found = run_folder(run)
-        folder = found / "model"
-        if not folder.is_dir():
-            raise InputError(
-                f"{run} has no finished model: run its training command again, it goes on where it stopped"
-            )
-        verify(folder)
+        found, folder = finished(run)
         try:
             config = Config.resolve(Config.read(folder / "config.toml"))
+            if config.classifies:
+                raise InputError(
+                    f"{run} holds a classifier, which guides samples of other runs and has none of its own: "
+                    "`undiffuse info` shows it, and undiffuse.ClassifierModel.load reads it"
+                )
             about = json.loads((folder / "model.json").read_text())
             spectrum = Spectrum.load(folder / "spectrum.safetensors")
             scale = Statistics.from_json(json.dumps(about["scale"])) if "scale" in about else None
@@ -481,17 +519,7 @@ class Model:
                     f"{found.name} comes along with one set of weights, the average {model.average}: others are made "
                     "of a run's snapshots (train.snapshots=16)"
                 )
-            snapshots, end = Snapshots(found / "averages"), config.section("train").steps
-            ema = getattr(config.build("ema"), "length", None) if ema is None else ema
-            if ema is None:
-                raise InputError(f"{run} has an average of no length: give `ema`, such as 0.1")
-            if until < 1:
-                end = min(snapshots.steps(), key=lambda step: abs(step - until * end), default=end)
-            state, fit = snapshots.average(ema, end)
-            load_weights(model.denoiser, state)
-            if fit.error > 0.02:
-                there = f"the run's snapshots give the average of length {ema:g} to within {100 * fit.error:.0f} % only"
-                warnings.warn(f"{there}: train with more of them", stacklevel=2)
+            ema = take_average(model.denoiser, found, config, ema, until)
             model = replace(model, ema=ema)
         model = replace(model, folder=found)
         model.denoiser.eval().requires_grad_(False)

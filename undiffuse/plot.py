@@ -7,7 +7,7 @@ import html
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,15 +160,19 @@ def columns_for(n: int, classes: int = 0) -> int:
 
 def plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """A run's log as curves: loss and gradient norm, and where it was measured held-out error per lam relative to the
-    best linear denoiser and the distance to held-out data with its real-against-real floor."""
+    best linear denoiser and the distance to held-out data with its real-against-real floor; of a classifier, its
+    held-out loss relative to the prior's, and its accuracy."""
     logged, seen = [r for r in rows if "loss" in r], [r for r in rows if "eval" in r]
     figure, axes = _figure(9.6, 6.0 if seen else 3.2, 2 if seen else 1, 2)
     panels = list(axes.flat)
     _curve(panels[0], logged, "loss", "weighted loss")
     _curve(panels[1], logged, "grad_norm", "gradient norm")
-    if seen:
-        _curves_of_levels(panels[2], seen)
+    if seen and "frechet" in seen[0]["eval"]:
+        _curves_of_levels(panels[2], seen, "held-out error / best linear", lambda b: b["mse"], lambda b: b["linear"])
         _curves_of_distances(panels[3], seen)
+    elif seen:
+        _curves_of_levels(panels[2], seen, "held-out loss / prior's", lambda b: b["loss"], lambda b: b["prior"])
+        _curves_of_levels(panels[3], seen, "held-out accuracy", lambda b: b["accuracy"], lambda b: 1.0)
     for at in panels:
         at.set_xlabel("step", fontsize=9)
     _save(figure, path)
@@ -210,13 +214,16 @@ def _curve(axes: Any, rows: Sequence[dict[str, Any]], key: str, label: str, smoo
     _log_scale(axes, values)
 
 
-def _curves_of_levels(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+Value = Callable[[dict[str, Any]], float | None]
+
+
+def _curves_of_levels(axes: Any, rows: Sequence[dict[str, Any]], label: str, value: Value, reference: Value) -> None:
     axes.axhline(1, color=MUTED, linewidth=1, linestyle="--")
-    axes.set_ylabel("held-out error / best linear", fontsize=9)
+    axes.set_ylabel(label, fontsize=9)
     steps, drawn = [r["step"] for r in rows], [1.0]
     for i, (level, color) in enumerate(zip(rows[0]["eval"]["levels"], itertools.cycle(PALETTE), strict=False)):
         found = [r["eval"]["levels"][i] for r in rows]
-        values = [math.nan if b["mse"] is None else b["mse"] / b["linear"] for b in found]
+        values = [math.nan if (v := value(b)) is None else v / (reference(b) or math.nan) for b in found]
         axes.plot(steps, values, color=color, marker=".", linewidth=1.5, label=f"lam {level['lam']:+g}")
         drawn += values
     _log_scale(axes, drawn)

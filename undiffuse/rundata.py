@@ -69,7 +69,7 @@ class RunData:
         if conditions.encoders is None:
             conditions = replace(conditions, classes=max(len(source.classes), data.classes, held.classes))
         notes = list(found.warnings()) if use.normalize == "range" else []
-        notes += unread(source, conditions)
+        notes += [] if config.classifies else unread(source, conditions)
         complete = fits and len(data) == len(part)
         return RunData(part, prepare, data, held, complete, conditions, fingerprint, found, tuple(notes))
 

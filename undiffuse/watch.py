@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from undiffuse import plot
+from undiffuse.classifier_model import ClassifierModel
 from undiffuse.data import Data
 from undiffuse.evals import copy_ratio, distances
 from undiffuse.level import Level
@@ -102,3 +103,22 @@ class Watch:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         plot.save_png(self.model.shown(x), path, columns)
+
+
+class ClassifierWatch:
+    """Measures a classifier on held-out data with fixed noise (see `ClassifierModel.judged`)."""
+
+    def __init__(self, model: ClassifierModel, held_out: Data) -> None:
+        self.model, self.held_out = model, held_out
+
+    def measure(self, asked: Callable[[], int] = lambda: 0) -> dict[str, Any]:
+        """The row's numbers; raises Left when `asked()` gives a signal."""
+
+        def leave() -> None:
+            if asked():
+                raise Left
+
+        return {"levels": list(self.model.judged(self.held_out, leave).scores)}
+
+    def picture(self, path: Path | None, asked: Callable[[], int] = lambda: 0) -> None:
+        """Nothing: a classifier draws none."""

@@ -295,8 +295,10 @@ def test_at_pure_noise_a_classifier_reads_nothing():
 def test_learned_variance_is_that_of_the_base():
     now, then = at([-0.5, 0.5])
     for name in WEIGHTED:
-        x0, variance = made(name, 2.0)(CLASSES, COND).reverse(noisy(), now, then) if name != "cfg-zero" else (
-            CFGZero(2.0, zero=0)(CLASSES, COND).reverse(noisy(), now, then)
+        x0, variance = (
+            made(name, 2.0)(CLASSES, COND).reverse(noisy(), now, then)
+            if name != "cfg-zero"
+            else (CFGZero(2.0, zero=0)(CLASSES, COND).reverse(noisy(), now, then))
         )
         assert torch.equal(variance, CLASSES.reverse(noisy(), now, then, COND)[1]), name
         assert torch.isfinite(x0).all()

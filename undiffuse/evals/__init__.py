@@ -1,5 +1,6 @@
 """Scores: features, distances between sets of them, what is copied, and likelihoods."""
 
+from undiffuse.evals.calibration import Calibration, calibration
 from undiffuse.evals.digits import Reader
 from undiffuse.evals.distances import (
     Distances,
@@ -32,6 +33,7 @@ __all__ = [
     "FEATURES",
     "MEMORY",
     "METRICS",
+    "Calibration",
     "Classes",
     "Distances",
     "Estimate",
@@ -42,6 +44,7 @@ __all__ = [
     "Reading",
     "Suspects",
     "authentic",
+    "calibration",
     "classes",
     "copy_ratio",
     "copy_ratio_estimate",

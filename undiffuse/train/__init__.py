@@ -1,8 +1,9 @@
 """Training: the objective, the loop, the average of the weights, checkpoints."""
 
 from undiffuse.train.augment import AUGMENTS, Augment, Flip, Geometric
-from undiffuse.train.bins import LevelBins
+from undiffuse.train.bins import ClassifierBins, LevelBins
 from undiffuse.train.checkpoint import MANIFEST, Checkpoints, commit, is_sound, load_weights, verify, weights
+from undiffuse.train.classifier import ClassifierObjective
 from undiffuse.train.coupling import COUPLINGS, Immiscible
 from undiffuse.train.draws import DRAWS, Adaptive, Independent, Stratified
 from undiffuse.train.durable import Lock, replace_bytes, replace_text, sha256, sweep
@@ -10,7 +11,7 @@ from undiffuse.train.ema import EMA, PROFILES, TRACKED, Classic, Power, Snapshot
 from undiffuse.train.feed import Feed, Rows
 from undiffuse.train.gradient import Gradient, out_of_memory
 from undiffuse.train.loop import NonFinite, TrainState, train
-from undiffuse.train.objective import LEVELS, WEIGHTS, Objective
+from undiffuse.train.objective import LEVELS, WEIGHTS, Aim, Objective
 from undiffuse.train.optimiser import OPTIMISERS, AdamW, Muon, check_sharded, made
 from undiffuse.train.plan import Engine, Plan, same_settings
 from undiffuse.train.processes import Lost, Processes, launched
@@ -34,9 +35,12 @@ __all__ = [
     "WEIGHTS",
     "AdamW",
     "Adaptive",
+    "Aim",
     "Augment",
     "Checkpoints",
     "Classic",
+    "ClassifierBins",
+    "ClassifierObjective",
     "Engine",
     "Feed",
     "Flip",

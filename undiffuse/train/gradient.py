@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from undiffuse.denoise import Denoiser
+from undiffuse.denoise import Headed
 from undiffuse.level import Level
 from undiffuse.seeds import seed_of
-from undiffuse.train.objective import Drawn, Loss, Objective
+from undiffuse.train.objective import Aim, Drawn, Loss
 from undiffuse.train.plan import Engine
 from undiffuse.train.processes import Processes, parts
 from undiffuse.types import InputError
@@ -26,7 +26,7 @@ SKIPS = 20  # loss scales that overflow in a row before it is called a divergenc
 class _Losses(nn.Module):
     """The objective as a module, since that is what DistributedDataParallel and FSDP2 take."""
 
-    def __init__(self, model: Denoiser, objective: Objective, precision: str) -> None:
+    def __init__(self, model: Headed, objective: Aim, precision: str) -> None:
         super().__init__()
         self.model, self.objective, self.dtype = model, objective, PRECISION[precision]
 
@@ -65,7 +65,7 @@ class Gradient:
     """
 
     def __init__(
-        self, model: Denoiser, objective: Objective, precision: str, engine: Engine, processes: Processes, seed: int
+        self, model: Headed, objective: Aim, precision: str, engine: Engine, processes: Processes, seed: int
     ) -> None:
         self.inner = _Losses(model, objective, precision)
         self.module, self.sharding = processes.spread(self.inner, engine.sharding), engine.sharding
@@ -142,7 +142,7 @@ class Gradient:
             with _synchronised(module, start + self.micro >= len(x0)):
                 loss = module(x0[part], eps[part], some.level, None if cond is None else cond[part])
                 self.scaler.scale((some.weight.to(loss.loss) * loss.loss).sum() / len(x0)).backward()
-            done.append(Loss(loss.loss.detach(), loss.mse.detach(), loss.lam))
+            done.append(Loss(loss.loss.detach(), loss.error.detach(), loss.lam))
         return Loss(*(torch.cat(parts) for parts in zip(*done, strict=True)))
 
 

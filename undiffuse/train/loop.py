@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from undiffuse.data import InMemory
-from undiffuse.denoise import Denoiser
+from undiffuse.denoise import Headed
 from undiffuse.sample import Noise
 from undiffuse.seeds import seed_of
 from undiffuse.train.augment import Augment, NoAugment, labelled
@@ -23,7 +23,7 @@ from undiffuse.train.ema import EMA, Snapshots
 from undiffuse.train.feed import Feed, Rows
 from undiffuse.train.files import Files
 from undiffuse.train.gradient import Gradient, recomputed
-from undiffuse.train.objective import Drawn, Objective
+from undiffuse.train.objective import Aim, Drawn
 from undiffuse.train.optimiser import AdamW, OptimiserKind, Scheduler, advance, check_sharded, made, scheduled
 from undiffuse.train.plan import Engine, Plan
 from undiffuse.train.processes import Processes, shard
@@ -38,15 +38,16 @@ class NonFinite(RuntimeError):
 @dataclass(frozen=True)
 class TrainState:
     """After optimiser step `step`: the batch's estimate of the objective, gradient norm before clipping, learning rate,
-    and for each sample of the batch its lam, its plain x0 error and its number in the data."""
+    and for each sample of the batch its lam, its plain error (see `Loss`), its number in the data, and its loss."""
 
     step: int
     loss: float
     grad_norm: float
     lr: float
     lam: Tensor
-    mse: Tensor
+    error: Tensor
     ids: Tensor
+    losses: Tensor
 
 
 def _diagnosis(step: int, loss: Tensor, lam: Tensor, ids: Tensor, model: nn.Module) -> NonFinite:
@@ -71,9 +72,9 @@ def _few(names: str, most: int = 6) -> str:
 
 
 def train(
-    model: Denoiser,
+    model: Headed,
     data: Tensor | Feed,
-    objective: Objective,
+    objective: Aim,
     plan: Plan,
     *,
     cond: Any = None,
@@ -93,10 +94,11 @@ def train(
 ) -> Iterator[TrainState]:
     """Train in place, yielding a `TrainState` after every step; stop early with `break`.
 
-    `data` is x (n, *data), with `cond`, a `Cond` or `Given` of n rows or None, or a `Feed`. Give `ema=EMA(model)` to
-    keep its average, and `snapshots=Snapshots(folder)` for averages of any length afterwards. `optimiser` makes torch's
-    optimiser, and `scheduler` one of torch's schedulers for it instead of the plan's rate, as in
-    `lambda o: OneCycleLR(o, ...)`; `augment` changes data and tells the network how.
+    `model` is a denoiser for an `Objective`, or a classifier for a `ClassifierObjective`, which takes its labels from
+    `cond`. `data` is x (n, *data), with `cond`, a `Cond` or `Given` of n rows or None, or a `Feed`. Give
+    `ema=EMA(model)` to keep its average, and `snapshots=Snapshots(folder)` for averages of any length afterwards.
+    `optimiser` makes torch's optimiser, and `scheduler` one of torch's schedulers for it instead of the plan's rate, as
+    in `lambda o: OneCycleLR(o, ...)`; `augment` changes data and tells the network how.
 
     With `checkpoints` the run continues from the newest that verifies, bit for bit as if it had not stopped; `identity`
     (JSON-able) must then be the same, and the tensors in `also` are saved and taken up in place with it;
@@ -108,6 +110,7 @@ def train(
 
     >>> from undiffuse import Denoiser, EDMPrecond, VP
     >>> from undiffuse.nets import UNet
+    >>> from undiffuse.train import Objective
     >>> model = Denoiser(UNet(1, width=16), EDMPrecond())
     >>> states = train(model, torch.randn(8, 1, 8, 8), Objective(VP()), Plan(steps=2, batch=4))
     >>> [state.step for state in states]
@@ -157,8 +160,8 @@ def train(
             given = draw(step, rows, drawn)
             if step == start + 1:
                 gradient.probe(*given)
-            state, losses, number = _step(step, plan, gradient, given, drawn, rows.ids, mover, asked, rates)
-            drawer.learn(drawn.u, losses)
+            state, number = _step(step, plan, gradient, given, drawn, rows.ids, mover, asked, rates)
+            drawer.learn(drawn.u, state.losses)
             ema.update(step)
             if snapshots is not None and snapshots.due(step, plan.steps):
                 snapshots.save(step, ema, processes)
@@ -190,7 +193,7 @@ def _in_memory(x: Tensor, cond: Any, seed: int) -> InMemory:
 class _Draws:
     """What a step trains on; noise and dropped conditions are a function of (seed, global index)."""
 
-    def __init__(self, objective: Objective, augment: Augment, plan: Plan, seed: int, processes: Processes) -> None:
+    def __init__(self, objective: Aim, augment: Augment, plan: Plan, seed: int, processes: Processes) -> None:
         self.objective, self.augment, self.plan = objective, augment, plan
         self.seed, self.processes = seed, processes
 
@@ -205,7 +208,7 @@ class _Draws:
         eps = Noise(rows.x.shape, seed_of(self.seed, 1), index.tolist(), device=device)()
         eps = self.objective.coupling(x0, eps, cond)
         if cond is not None:
-            cond = cond.dropped(seed_of(self.seed, 6), index, self.plan.cond_dropout).to(device)
+            cond = self.objective.dropped(cond, seed_of(self.seed, 6), index, self.plan.cond_dropout).to(device)
         return x0, eps, drawn[mine], labelled(cond, labels), index
 
 
@@ -219,9 +222,8 @@ def _step(
     optimiser: torch.optim.Optimizer,
     asked: Callable[[], int],
     rates: LRScheduler | None,
-) -> tuple[TrainState, Tensor, int]:
-    """Gradient, check, clip, move: the state after it, the losses (b,) of the batch before the weights of `drawn`, and
-    the signal that any process was given."""
+) -> tuple[TrainState, int]:
+    """Gradient, check, clip, move: the state after it, and the signal that any process was given."""
     model, scaler = gradient.inner.model, gradient.scaler
     if rates is None:
         for group in optimiser.param_groups:
@@ -229,8 +231,8 @@ def _step(
     rate = optimiser.param_groups[0]["lr"]
     mine = gradient(*given)
     signal = torch.full_like(mine.lam, asked())
-    columns = [c.double().to(gradient.processes.device) for c in (mine.loss, mine.mse, mine.lam, ids, signal)]
-    loss, mse, lam, rows, signals = gradient.processes.gather(torch.stack(columns, 1)).cpu().T.contiguous()
+    columns = [c.double().to(gradient.processes.device) for c in (mine.loss, mine.error, mine.lam, ids, signal)]
+    loss, error, lam, rows, signals = gradient.processes.gather(torch.stack(columns, 1)).cpu().T.contiguous()
     scaler.unscale_(optimiser)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     norm = norm.full_tensor() if is_shard(norm) else norm  # type: ignore[attr-defined]
@@ -244,4 +246,4 @@ def _step(
     scaler.update()
     if rates is not None:
         advance(rates, step)
-    return TrainState(step, value, size, rate, lam, mse, rows.long()), loss, int(signals.max())
+    return TrainState(step, value, size, rate, lam, error, rows.long(), loss), int(signals.max())

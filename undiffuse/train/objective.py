@@ -263,11 +263,11 @@ WEIGHTS: dict[str, Callable[..., Callable[[Level, float], Tensor]]] = {
 
 
 class Loss(NamedTuple):
-    """`loss` (b,), the weighted error with the terms of `variance`; `mse` (b,), the plain mean squared error of x0;
-    `lam` (b,)."""
+    """`loss` (b,), whose gradient trains; `error` (b,), the plain error: of a denoiser the mean squared one of x0, of a
+    classifier 1 where it takes another class for the likeliest; `lam` (b,)."""
 
     loss: Tensor
-    mse: Tensor
+    error: Tensor
     lam: Tensor
 
 
@@ -284,6 +284,33 @@ class Drawn:
 
     def __getitem__(self, part: slice) -> Drawn:
         return Drawn(Level(self.level.alpha[part], self.level.sigma[part]), self.weight[part], self.u[part])
+
+
+class Aim(Protocol):
+    """What a module is trained for: an `Objective`, or a `ClassifierObjective`."""
+
+    @property
+    def draws(self) -> Draws: ...
+    @property
+    def coupling(self) -> Coupling: ...
+
+    def check(self, model: Any) -> None:
+        """InputError for what cannot be trained so."""
+
+    def draw(self, b: int, seed: int = 0, step: int = 1, drawer: Drawer | None = None) -> Drawn:
+        """The levels of a step's b samples."""
+
+    def dropped(self, cond: Any, seed: int, index: Tensor, p: float) -> Any:
+        """The conditions of samples `index` (b,) with a share p of them dropped, where that is of use."""
+
+    def __call__(self, model: Any, x0: Tensor, eps: Tensor, level: Level, cond: Any = None) -> Loss:
+        """The rows' losses at x = alpha x0 + sigma eps."""
+
+
+def draw_levels(levels: LevelDistribution, schedule: Schedule, b: int, seed: int, step: int, drawer: Drawer) -> Drawn:
+    """The levels of a step's b samples: a function of (seed, step), and of what `drawer` has learned."""
+    u, weight = drawer(b, seed, step)
+    return Drawn(levels(u.clamp(_U_MIN, 1 - _U_MIN), schedule), weight, u)
 
 
 @dataclass(frozen=True)
@@ -340,8 +367,11 @@ class Objective:
     def draw(self, b: int, seed: int = 0, step: int = 1, drawer: Drawer | None = None) -> Drawn:
         """The levels of a step's b samples: a function of (seed, step), and of what `drawer` has learned (None: a new
         one, that of a run's beginning)."""
-        u, weight = (drawer or self.draws.start())(b, seed, step)
-        return Drawn(self.levels(u.clamp(_U_MIN, 1 - _U_MIN), self.schedule), weight, u)
+        return draw_levels(self.levels, self.schedule, b, seed, step, drawer or self.draws.start())
+
+    def dropped(self, cond: Any, seed: int, index: Tensor, p: float) -> Any:
+        """The conditions of samples `index` (b,), each dropped with probability p, a function of (seed, index)."""
+        return cond.dropped(seed, index, p)
 
     def __call__(self, model: Denoiser, x0: Tensor, eps: Tensor, level: Level, cond: Any = None) -> Loss:
         """The error at x = alpha x0 + sigma eps; level (b,), computed in float32 around the network."""

@@ -24,7 +24,8 @@ def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float) and key != "step":
             out[f"{prefix}{key}"] = value
     for b in row.get("bins", ()):
-        out[f"{prefix}relative error/lam {b['lam']:+.1f}"] = b["mse"] / b["linear"]
+        loss, reference = ("mse", "linear") if "mse" in b else ("loss", "prior")
+        out[f"{prefix}relative error/lam {b['lam']:+.1f}"] = b[loss] / b[reference]
     return out
 
 
