@@ -17,7 +17,7 @@ from undiffuse.types import Denoise, require
 class MMPS:
     """Moment matching: p(y | x) = N(A D, std^2 + A V A^T) with the denoiser's own covariance V = (sigma^2 / alpha) J_D.
 
-    x0 = D + V A^T (std^2 + A V A^T)^-1 (y - A D) (equations 7 to 10 there, in x0), exact for Gaussian data. The system
+    x0 = D + V A^T (std^2 + A V A^T)^-1 (y - A D) (section 3 there, in x0), exact for Gaussian data. The system
     is solved by GMRES with `iterations` products, since a network's J_D is not quite symmetric; as many as there are
     observations make it exact. Linear operators. An evaluation and iterations + 1 backward passes a call.
     """
