@@ -1,6 +1,7 @@
 """Every kind of guidance: off at w = 1, its paper's formula, and any solver, schedule and tableau."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_a_weight_of_one_is_bit_equal_to_no_guidance_at_one_row(name):
         guide = prepared(made(name, 1.0), levels)
         got = drain(trajectory(guide(count, COND), x, levels, solver))
         plain = Counter(model)
-        due = drain(trajectory(lambda x, level: plain(x, level, COND), x, levels, solver))
+        due = drain(trajectory(CFG()(plain, COND), x, levels, solver))
         assert torch.equal(got, due)
         assert (count.calls, count.rows) == (plain.calls, plain.rows)
 
@@ -229,7 +230,7 @@ def test_momentum_is_a_running_sum_that_begins_anew():
 def test_cfgpp_with_ddim_is_the_algorithm_of_its_paper(schedule, scale):
     levels = UniformT()(schedule, 7)
     x = start = levels[0].sigma * noisy()
-    for now, then in zip(levels, levels[1:], strict=False):
+    for now, then in pairwise(levels):
         cond, uncond = model(x, now, COND), model(x, now)
         guided = uncond + scale * (cond - uncond)
         x = then.alpha * guided + then.sigma * (x - now.alpha * uncond) / now.sigma
@@ -250,7 +251,7 @@ def test_cfgpp_is_cfg_with_one_weight_on_equal_steps_of_lam():
 def test_cfg_zero_is_the_algorithm_of_its_paper():
     levels, w, zero = UniformT()(Flow(), 6), 4.0, 2
     x = start = levels[0].sigma * noisy()
-    for i, (now, then) in enumerate(zip(levels, levels[1:], strict=False)):
+    for i, (now, then) in enumerate(pairwise(levels)):
         u_c, u_u = (from_x0("u", x0, x, now) for x0 in (model(x, now, COND), model(x, now)))
         s = (u_c * u_u).sum((1, 2), keepdim=True) / u_u.square().sum((1, 2), keepdim=True)
         u = torch.zeros_like(x) if i < zero else (1 - w) * s * u_u + w * u_c

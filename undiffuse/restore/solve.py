@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from undiffuse.grid import Grid, UniformLam
-from undiffuse.guide import Guidance, guide_of
+from undiffuse.guide import Guidance, guide_of, prepared
+from undiffuse.level import Level
 from undiffuse.restore.daps import DAPS
 from undiffuse.restore.mmps import MMPS
 from undiffuse.restore.problem import Problem
@@ -50,6 +51,10 @@ class _Restored:
 
     guide: Guidance
     method: Restorer | None
+
+    def prepared(self, levels: Sequence[Level], rows: int) -> _Restored:
+        """The same with its guidance for a walk along these levels."""
+        return replace(self, guide=prepared(self.guide, levels, rows))
 
     def __call__(self, model: Model, given: Any, /) -> Denoise:
         denoise = self.guide(model, given.cond)
