@@ -172,7 +172,10 @@ class Masked:
 
 def _middle_hidden(maps: Tensor) -> Tensor:
     known = torch.ones_like(maps[:, :1])
-    known[(..., *(slice(n // 4, n - n // 4) for n in maps.shape[2:]))] = 0
+    middle = known
+    for axis, n in enumerate(maps.shape[2:], 2):
+        middle = middle.narrow(axis, n // 4, n - 2 * (n // 4))
+    middle.zero_()
     return known
 
 
