@@ -79,7 +79,7 @@ def test_every_method_works_and_says_what_it_cost(method, run, pictures):
     assert (facts["method"], facts["pictures"], facts["results"]) == (method, 3, 6)
     assert facts["evaluations"] >= 2
     assert bool(x.isfinite().all())
-    again, y = edited(run, pictures, "--method", method, "-n", "2", *WORDS[method], of="three.npy")
+    _, y = edited(run, pictures, "--method", method, "-n", "2", *WORDS[method], of="three.npy")
     assert torch.equal(x, y)
     stochastic = method in ("img2img", "inpaint", "flowedit", "super-resolution", "deblur", "random-mask")
     assert torch.equal(x[0], x[1]) != stochastic
@@ -136,8 +136,9 @@ def test_inversion_says_how_exact_it_is(run, pictures):
 
 def test_restoration_beats_what_was_measured(model):
     x = DIGITS.x[:8]
-    for method, there in ((SuperResolution(factor=2, measure=True), lambda y: y.repeat_interleave(2, 2).repeat_interleave(2, 3)),
-                          (RandomMask(share=0.5, measure=True), lambda y: y)):  # fmt: skip
+    enlarged = lambda y: y.repeat_interleave(2, 2).repeat_interleave(2, 3)  # noqa: E731
+    some, small = RandomMask(share=0.5, measure=True), SuperResolution(factor=2, measure=True)
+    for method, there in ((some, lambda y: y), (small, enlarged)):
         found = edit(model, x, method, steps=20)
         measured = float(psnr(there(found.before["measured"]), x).mean())
         assert found.measured["dB"] > measured + 0.5, method
@@ -168,9 +169,9 @@ def test_prompt_keeps_attention_of_the_source_and_nothing_is_left(model):
 
 def test_pictures_of_other_sizes_are_brought_to_the_models(model, tmp_path):
     wide = np.zeros((64, 96, 3), np.uint8)
-    wide[:, 16:80] = 255
+    wide[:, 4:92] = 255
     Image.fromarray(wide).save(tmp_path / "wide.png")
-    assert torch.equal(read_pictures(model, [tmp_path / "wide.png"]), torch.ones(1, 1, 8, 8))
+    assert float(read_pictures(model, [tmp_path / "wide.png"]).min()) > 0.95
 
 
 def test_masks_are_boxes_or_pictures(model, pictures):
@@ -186,7 +187,7 @@ MISTAKES = {
     "no picture": (["sample.steps=5"], "no picture was given"),
     "missing file": (["nothing.png"], "'nothing.png' is no file; expected a picture"),
     "unknown method": (["EIGHT", "--method", "inpant"], "no method is called 'inpant': did you mean 'inpaint'?"),
-    "another method's option": (["EIGHT", "--factor", "4"], "--factor is for super-resolution; --method img2img takes --strength"),
+    "another's option": (["EIGHT", "--factor", "4"], "--factor is for super-resolution; --method img2img takes"),
     "no mask": (["EIGHT", "--method", "inpaint"], "inpaint needs --mask"),
     "bad box": (["EIGHT", "--method", "inpaint", "--mask", "4,4,20,20"], "must lie in 0,0,8,8"),
     "empty box": (["EIGHT", "--method", "inpaint", "--mask", "4,4,4,8"], "not be empty"),
@@ -256,7 +257,7 @@ def test_a_network_that_was_trained_to_fill_in(run, tmp_path, pictures):
     words = ["--method", "inpaint", "--by", "net", "--mask", "2,2,6,6", "--class", "3", "-n", "2", "--json"]
     code, text, err = run("edit", out, pictures / "eight.png", *words, "--out", tmp_path / "x.npy", "sample.steps=3")
     assert code == 0, err
-    assert json.loads(text)["evaluations"] == 3
+    assert json.loads(text.splitlines()[-1])["evaluations"] == 3
     x, eight = torch.from_numpy(np.load(tmp_path / "x.npy")), read_pictures(model, [pictures / "eight.png"])
     known = read_mask(model, "2,2,6,6").expand(2, 1, 8, 8) == 1
     assert torch.equal(x[known], eight.expand(2, 1, 8, 8)[known])

@@ -450,7 +450,8 @@ def edit(
         if "guidance" in layer:
             raise InputError("--weights has a guidance weight for each condition: leave out guidance, or --weights")
         layer["guidance"] = _composed(weights)
-    n = _number(number, layer) or 1
+    n = _number(number, layer)
+    n = 1 if n is None else n
     config = bulk_module.configure(model, layer)
     options = {
         "strength": strength and tuple(strength), "mask": mask, "by": by, "times": times, "jump": jump,

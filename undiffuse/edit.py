@@ -11,17 +11,20 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from PIL.Image import Resampling
 from torch import Tensor
 
 from undiffuse.cond import Cond, Given
 from undiffuse.cond.maps import Masked
 from undiffuse.data import Prepare, Raw, Unreadable, read_picture
+from undiffuse.data.picture import cover, resized, to_float, with_channels
 from undiffuse.data.prepare import stored
 from undiffuse.grid import Grid
 from undiffuse.guide import CFG, Guidance, guide_of
 from undiffuse.level import Level
 from undiffuse.model import Model
 from undiffuse.restore import (
+    DAPS,
     RESTORERS,
     Blur,
     Downsample,
@@ -31,6 +34,8 @@ from undiffuse.restore import (
     Problem,
     Returning,
     check_aligned,
+    check_attention,
+    check_shares,
     composite,
     flowedit,
     img2img,
@@ -41,6 +46,7 @@ from undiffuse.restore import (
     restore,
     simulate,
 )
+from undiffuse.restore.strength import lam_of
 from undiffuse.sample import Noise, sample
 from undiffuse.seeds import seed_of
 from undiffuse.solvers import Solver
@@ -132,6 +138,10 @@ class ImageToImage:
     strength: tuple[float, ...] = (0.6,)
     paired: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        for s in self.strength:
+            lam_of(s)
+
     def __call__(self, how: How, x: Tensor, /) -> Edited:
         denoise, schedule, results = how.bound(how.target), how.model.schedule, Columns()
         use = how.sampler(20) | {"solver": how.solver or how.model.config.build("solver")}
@@ -207,6 +217,10 @@ class Invert:
     strength: tuple[float, ...] = (1.0,)
     paired: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        for s in self.strength:
+            lam_of(s)
+
     def __call__(self, how: How, x: Tensor, /) -> Edited:
         schedule, results, z = how.model.schedule, Columns(), how.into(x)
         source, target, off = how.bound(how.source, 1.0), how.bound(how.target), {}
@@ -235,10 +249,16 @@ class PromptToPrompt:
     strength: tuple[float, ...] = (1.0,)
     paired: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        for s in self.strength:
+            lam_of(s)
+        check_shares(self.cross, self.own)
+
     def __call__(self, how: How, x: Tensor, /) -> Edited:
         model, z, results, off = how.model, how.into(x), Columns(), {}
         target: Any = how.target
         both = type(target).cat([_sources(how) or target.null(), target]).to(model.device)
+        check_attention(model.denoiser)
         check_aligned(model.encoders.encoded(both, model.shape[1:]) if model.encoders else both)
         plain, guided, half = how.bound(both, 1.0), how.bound(both), len(x) * how.n
 
@@ -263,10 +283,14 @@ class FlowEdit:
     average: int = 1
     paired: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        for s in self.strength:
+            lam_of(s)
+        require(self.average >= 1, "average", self.average, "a whole number >= 1")
+
     def __call__(self, how: How, x: Tensor, /) -> Edited:
         results, z = Columns(), how.rows(how.into(x))
         source, target = how.bound(_sources(how), 1.0), how.bound(how.target)
-        require(self.average >= 1, "average", self.average, "a whole number >= 1")
         for s in self.strength:
             use: dict[str, Any] = {"steps": how.steps or 50, "grid": how.grid, "average": self.average}
             found = flowedit(source, target, z, how.model.schedule, s, seed=how.seed, **use)
@@ -283,7 +307,7 @@ def _restored(how: How, by: str, problem: Problem) -> Tensor:
         how.denoiser,
         problem,
         how.model.schedule,
-        method=RESTORERS[by](),
+        method=DAPS(exact=True) if by == "daps" else RESTORERS[by](),  # all operators here are linear
         cond=None if how.target is None else how.target.to(how.model.device),
         guidance=1.0 if how.target is None else how.guidance,
         seed=how.seed,
@@ -513,6 +537,20 @@ def _read(path: Path, shape: tuple[int, ...], resize: bool) -> Tensor:
     return x
 
 
+def _white(path: Path, high: int, wide: int) -> Tensor:
+    """How white each pixel of a picture of these sides is (1, 1, high, wide): a mean over areas of a larger one, whose
+    middle it is where proportions differ."""
+    try:
+        x = with_channels(stored(path, str(path)), 1, str(path))
+    except Unreadable as error:
+        raise InputError(str(error)) from error
+    size = cover(x.shape[1], x.shape[2], (high, wide))
+    x = resized(x, size, Resampling.BOX)
+    top, left = (size[0] - high) // 2, (size[1] - wide) // 2
+    white = (to_float(x[:, top : top + high, left : left + wide]) + 1) / 2
+    return torch.from_numpy(np.ascontiguousarray(white))[None].clamp(0, 1)
+
+
 def read_mask(model: Model, word: str) -> Tensor:
     """What is known (1, 1, *sides) where a mask says what is made anew: a picture's file, in which that is white, or a
     box `left,top,right,bottom` in pixels of the samples. InputError for other words."""
@@ -527,8 +565,7 @@ def read_mask(model: Model, word: str) -> Tensor:
             raise InputError(
                 f"--mask {word!r} is no file and no box: give left,top,right,bottom in pixels, such as 4,4,20,20"
             ) from None
-        white = (_read(path, (1, high, wide), True) + 1) / 2
-        return 1 - white.clamp(0, 1)
+        return 1 - _white(path, high, wide)
     if not (0 <= left < right <= wide and 0 <= top < bottom <= high):
         raise InputError(f"--mask {word}: a box left,top,right,bottom must lie in 0,0,{wide},{high} and not be empty")
     known = torch.ones(1, 1, high, wide)

@@ -17,7 +17,7 @@ from undiffuse.restore.mmps import MMPS
 from undiffuse.restore.operators import OPERATORS, Blur, Downsample, Gray, Mask, Matrix, Operator
 from undiffuse.restore.pigdm import PiGDM
 from undiffuse.restore.problem import Problem, simulate
-from undiffuse.restore.prompt import check_aligned, injected, paired, prompt_to_prompt
+from undiffuse.restore.prompt import check_aligned, check_attention, check_shares, injected, paired, prompt_to_prompt
 from undiffuse.restore.solve import Restorer, restore
 from undiffuse.restore.steer import Steered, steer
 from undiffuse.restore.strength import levels_from
@@ -53,6 +53,8 @@ __all__ = [
     "Returning",
     "Steered",
     "check_aligned",
+    "check_attention",
+    "check_shares",
     "composite",
     "flowedit",
     "img2img",

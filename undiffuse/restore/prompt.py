@@ -64,6 +64,20 @@ def injected(net: nn.Module, pairs: int, cross: bool = True, own: bool = True) -
             handle.remove()
 
 
+def check_shares(cross: float, own: float) -> None:
+    """InputError unless both are shares of the steps in [0, 1]."""
+    for name, share in (("cross", cross), ("own", own)):
+        require(0 <= share <= 1, name, share, "a share of the steps from 0 to 1")
+
+
+def check_attention(net: nn.Module) -> None:
+    """InputError for a network without attention, whose maps could be kept."""
+    if not any(True for _ in _projections(net, True, True)):
+        raise InputError(
+            "prompt-to-prompt keeps attention maps, and this network has no attention: use inversion alone"
+        )
+
+
 def paired(
     denoise: Denoise, net: nn.Module, pairs: int, levels: Sequence[Level], cross: float = 0.8, own: float = 0.4
 ) -> Denoise:
