@@ -20,12 +20,12 @@ def ridge(forward: Product, adjoint: Product, r: Tensor, damping: Tensor, iterat
     (CGLS: Paige and Saunders 1982, section 7.1); at damping 0 the pseudo-inverse A^+ r.
 
     r (b, ...); `damping` >= 0 is one number or (b, 1, ...). A sample stops where its gradient is `tol` times what it
-    was at first, or the rounding of its dtype.
+    was at first, or what rounding leaves of it, and is that of its least gradient.
     """
-    tol, s = max(tol, torch.finfo(r.dtype).eps), r
+    tol, s = max(tol, torch.finfo(r.dtype).eps ** 0.75), r
     q = adjoint(r)
     z, p, size = torch.zeros_like(q), q, dot(q, q)
-    first, damping = size, torch.as_tensor(damping, dtype=r.dtype, device=r.device)
+    first, least, best, damping = size, size, z, torch.as_tensor(damping, dtype=r.dtype, device=r.device)
     damping = damping.reshape(-1, *(1 for _ in q.shape[1:])) if damping.ndim else damping
     for _ in range(iterations):
         open_ = size > tol**2 * first
@@ -40,7 +40,8 @@ def ridge(forward: Product, adjoint: Product, r: Tensor, damping: Tensor, iterat
         fresh = dot(q, q)
         p = torch.where(open_, q + fresh / torch.where(open_, size, 1.0) * p, p)
         size = torch.where(open_, fresh, size)
-    return z
+        best, least = torch.where(size < least, z, best), torch.minimum(size, least)
+    return best
 
 
 def gmres(product: Product, r: Tensor, iterations: int) -> Tensor:

@@ -22,9 +22,9 @@ Reward = Callable[[Tensor], Tensor]
 class Steered(NamedTuple):
     """What `steer` found for n groups of K particles.
 
-    `x` (n, K, *data); `log_weights` (n, K), of weights that sum to 1 in each group; `log_norm` (n,), whose exponential is
-    an unbiased estimate of E[exp(reward(x0))] over the solver's samples; `ess` (steps + 1, n), the effective number of
-    particles before each step and at the end; `resampled` (steps + 1, n), whether weights were turned into copies there.
+    `x` (n, K, *data); `log_weights` (n, K), of weights that sum to 1 in each group; `log_norm` (n,), whose exponential
+    is an unbiased estimate of E[exp(reward(x0))] over the solver's samples; `ess` (steps + 1, n), the effective number
+    of particles before each step and at the end; `resampled` (steps + 1, n), whether they were resampled there.
     """
 
     x: Tensor
