@@ -1,6 +1,9 @@
 """`undiffuse edit` end to end: every method on the models that come along, and every mistake."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +30,7 @@ from undiffuse.edit import (
 )
 from undiffuse.restore import RESTORERS
 
-DIGITS = load_data("digits")
+DIGITS, DOCS = load_data("digits"), Path(__file__).parents[1] / "docs" / "editing.md"
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +244,24 @@ def test_what_a_function_refuses(model):
     ):
         with pytest.raises(InputError, match=message):
             call()
+
+
+COMMANDS = re.findall(r"^undiffuse edit fashion (.*)$", DOCS.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_the_pages_commands_are_understood(words, run, pictures, monkeypatch):
+    np.save(pictures / "clothes.npy", np.zeros((1, 1, 28, 28), np.float32))
+    np.save(pictures / "shoes.npy", np.zeros((1, 1, 28, 28), np.float32))
+    monkeypatch.chdir(pictures)
+    code, out, err = run("edit", "fashion", *shlex.split(words, comments=True), "--dry-run")
+    assert code == 0, err
+    assert "[sample]" in out
+
+
+def test_the_page_has_every_method_and_way():
+    assert len(COMMANDS) >= len(EDITS)
+    assert all(f"`{name}`" in DOCS.read_text() for name in (*EDITS, *RESTORERS))
 
 
 def test_dry_run_prints_the_configuration(run, pictures):
