@@ -194,10 +194,10 @@ def main(n: int) -> None:
 
 NOTES = """\
 PSNR of one posterior sample is about 3 dB below that of the posterior's mean, the best that there is, and says nothing
-of whether samples are spread right (`tests/exact/test_restore.py` does). As their authors report, MMPS is ahead of TMPD,
-PiGDM and DPS on linear problems (Rozet et al. 2024), DiffPIR of DPS in PSNR (Zhu et al. 2023), RePaint of replacement
-(Lugmayr et al. 2022), and DAPS, with hundreds of evaluations, of DPS and DiffPIR (Zhang et al. 2024). Methods have their
-default settings here; the papers tune zeta of DPS for each task."""
+of whether samples are spread right (`tests/exact/test_restore.py` does). As their authors report, MMPS is ahead of
+TMPD, PiGDM and DPS on linear problems (Rozet et al. 2024), DiffPIR of DPS in PSNR (Zhu et al. 2023), RePaint of
+replacement (Lugmayr et al. 2022), and DAPS, with hundreds of evaluations, of DPS and DiffPIR (Zhang et al. 2024).
+Methods have their default settings here; the papers tune zeta of DPS for each task."""
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -33,6 +33,12 @@ from undiffuse.restore import RESTORERS
 DIGITS, DOCS = load_data("digits"), Path(__file__).parents[1] / "docs" / "editing.md"
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    """What is written without --out is written here."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def model():
     return undiffuse.load("digits")
@@ -100,8 +106,7 @@ def test_a_picture_shows_before_and_after_in_columns(run, pictures):
     assert "2 results" in out
 
 
-def test_where_results_go_unless_it_is_said(run, pictures, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def test_where_results_go_unless_it_is_said(run, pictures, tmp_path):
     for words in ([], ["--strength", "0.3"], ["sample.seed=1"]):
         assert run("edit", "digits", pictures / "eight.png", "sample.steps=2", *words)[0] == 0
     assert len(list((tmp_path / "edits" / "digits").glob("eight-img2img-*.png"))) == 3
