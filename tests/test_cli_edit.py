@@ -123,7 +123,8 @@ def test_known_pixels_are_unchanged_whatever_fills_in(by, run, pictures):
 
 
 def test_less_strength_changes_less(run, pictures):
-    _, x = edited(run, pictures, *(word for s in ("0.05", "0.4", "0.9") for word in ("--strength", s)))
+    facts, x = edited(run, pictures, *(word for s in ("0.05", "0.4", "0.9") for word in ("--strength", s)))
+    assert [facts[f"lam at {s}"] for s in ("0.05", "0.4", "0.9")] == pytest.approx([2.9444, 0.4055, -2.1972], abs=1e-4)
     off = (x - DIGITS.x[8]).square().flatten(1).mean(1).tolist()
     assert off == sorted(off)
     assert off[0] < 0.05
@@ -288,3 +289,23 @@ def test_a_network_that_was_trained_to_fill_in(run, tmp_path, pictures):
     known = read_mask(model, "2,2,6,6").expand(2, 1, 8, 8) == 1
     assert torch.equal(x[known], eight.expand(2, 1, 8, 8)[known])
     assert not torch.equal(x[0], x[1])
+
+
+def test_prompts_that_differ_by_a_word(run, tmp_path):
+    """`--method prompt` with text, whose tokens must be as many, and `--text` for image to image."""
+    words = np.array([f"a {'dark' if k % 2 else 'light'} number {k}" for k in DIGITS.labels.tolist()])
+    np.savez(tmp_path / "told.npz", x=DIGITS.x.numpy(), text=words)
+    out = train_tiny(tmp_path / "told", f"data={tmp_path / 'told.npz'}", "cond.text=bytes", "held_out=64")
+    np.save(tmp_path / "x.npy", DIGITS.x[:2].numpy())
+    how = ["edit", out, tmp_path / "x.npy", "--method", "prompt", "--out", tmp_path / "y.npy", "sample.steps=5"]
+    how += ["--text", "a dark number 3", "guidance.w=3"]
+    code, _, err = run(*how, "--from-text", "a light number 8")
+    assert code == 0, err
+    same, _, _ = run(*how, "--from-text", "a dark number 3", "guidance.w=1", "sample.steps=20")
+    assert same == 0
+    assert float(np.abs(np.load(tmp_path / "y.npy") - DIGITS.x[:2].numpy()).max()) < 1e-2
+    code, _, err = run(*how, "--from-text", "a number 8")
+    assert code == 2
+    assert "prompts of the same number of tokens, got 3 and 4" in err
+    code, _, err = run("edit", out, tmp_path / "x.npy", "--text", "a dark number 3", "--out", tmp_path / "y.png")
+    assert code == 0, err

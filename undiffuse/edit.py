@@ -148,7 +148,7 @@ class ImageToImage:
         for s in self.strength:
             found = img2img(denoise, how.rows(how.into(x)), schedule, s, seed=how.seed, **use)
             results |= how.columns(f"strength {s:g}", how.out(found))
-        return Edited({"original": x}, results, {})
+        return Edited({"original": x}, results, {f"lam at {s:g}": lam_of(s) for s in self.strength if s < 1})
 
 
 @dataclass(frozen=True, eq=False)
