@@ -7,8 +7,9 @@ from torch.nn import functional as F
 from tests.test_encoders import assert_learned
 from tests.test_nets import randomised, relative
 from undiffuse import InputError
-from undiffuse.cond import Depth, Encoders, Layout, Picture, Variation
+from undiffuse.cond import Depth, Encoders, Layout, Masked, Picture, Variation, random_known
 from undiffuse.cond.maps import resized
+from undiffuse.cond.masks import KINDS
 
 RAMP = torch.arange(32.0).reshape(1, 1, 4, 8)
 
@@ -120,6 +121,87 @@ def test_sampling_has_no_noise_or_that_of_a_level():
     assert abs(float(noisy[:, 0].var()) / 0.3**2 - 1) < 4 * (2 / m) ** 0.5
     assert torch.equal(given.noised("low", 0.0).flat(), given.flat())
     assert not encoders.encoded(given.noised("low", 0.3).null(), (4, 4)).spatial.any()
+
+
+def whole_and_masked():
+    """A picture without a mask and one of which the left half is known."""
+    x = torch.rand(2, 1, 8, 8) * 2 - 1
+    half = torch.ones(1, 8, 8)
+    half[..., 4:] = 0
+    return x, torch.cat([x[1], half])
+
+
+def test_masked_pictures_are_what_is_known_of_them_and_where():
+    encoder, (x, masked) = Masked(1), whole_and_masked()
+    encoders = Encoders({"picture": encoder})
+    assert encoder.spatial == encoders.widths["spatial"] == 2
+    told = encoders.encoded(encoders(picture=[masked, None]), (8, 8)).spatial
+    assert torch.equal(told[0, 0], x[1, 0] * masked[1])
+    assert torch.equal(told[0, 1], masked[1])
+    assert not told[1].any()
+    bytes_ = torch.tensor([[[[0, 255]], [[255, 0]]]], dtype=torch.uint8)
+    assert encoders.encoded(encoders(picture=bytes_), (1, 2)).spatial.tolist() == [[[[-1.0, 0.0]], [[1.0, 0.0]]]]
+    hidden = encoders.encoded(encoders(picture=x), (8, 8)).spatial
+    assert torch.equal(hidden[:, 1] == 0, F.pad(torch.ones(2, 4, 4), (2, 2, 2, 2)) == 1)
+    assert not hidden[:, 0][hidden[:, 1] == 0].any()
+    nothing = encoders.encoded(encoders(picture=torch.cat([x, 0 * x], 1)), (8, 8))
+    assert torch.equal(nothing.spatial, encoders.encoded(encoders(picture=x).null(), (8, 8)).spatial)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 3, 4, 4), torch.zeros(2, 1), torch.full((1, 2, 2, 2), 1.5)])
+def test_pictures_and_masks_that_do_not_fit_are_refused(x):
+    with pytest.raises(InputError, match=r"picture: (expected \(samples, 1 and a mask|a mask is from 0)"):
+        Encoders({"picture": Masked(1)})(picture=x)
+
+
+def test_training_draws_masks_of_what_came_whole_by_seed_and_index():
+    encoders, x, index = Encoders({"picture": Masked(1)}), torch.rand(12, 1, 8, 8), torch.arange(12)
+    given = encoders(picture=x)
+    seen = given.dropped(5, index, 0.0)
+    known = seen.reads["picture"].tensors["known"]
+    own = encoders.encoded(seen, (8, 8)).spatial
+    assert torch.equal(own, torch.cat([x * known, known], 1))
+    rows = torch.tensor([7, 2])
+    assert torch.equal(given[rows].dropped(5, rows, 0.0).flat(), seen.flat()[rows])
+    assert not torch.equal(given.dropped(6, index, 0.0).flat(), seen.flat())
+    assert not torch.equal(given.dropped(5, index + 12, 0.0).flat(), seen.flat())
+    _, masked = whole_and_masked()
+    stays = encoders(picture=masked[None])
+    assert torch.equal(stays.dropped(5, index[:1], 0.0).flat(), stays.flat())
+    gone = encoders.encoded(given.dropped(5, index, 1.0), (8, 8)).spatial
+    assert not gone.any()
+
+
+@pytest.mark.parametrize("sides", [(32,), (32, 24), (16, 16, 12)])
+def test_random_masks_have_the_distribution_that_is_documented(sides):
+    n = 2000
+    known = random_known(3, torch.arange(n), sides)
+    assert known.shape == (n, 1, *sides)
+    assert known.unique().tolist() == [0.0, 1.0]
+    nothing = 1 - known.flatten(1).amax(1)
+    p = KINDS["everything"]
+    rounds = 0.03  # boxes that are everything, or nothing, of so few pixels
+    assert abs(float(nothing.mean()) - p) < 4 * (p * (1 - p) / n) ** 0.5 + rounds
+    hidden = 1 - known.flatten(1).mean(1)
+    assert 0.3 < float(hidden.mean()) < 0.8
+    # a box hides a product of intervals, and so do no strokes
+    boxes = torch.stack([_is_box(k[0] == 0) for k in known])
+    outside = torch.stack([_is_box(k[0] == 1) for k in known])
+    assert abs(float(outside.float().mean()) - KINDS["outside"]) < 0.06 + 0.3 * (len(sides) == 1)
+    if len(sides) > 1:
+        assert abs(float(boxes.float().mean()) - KINDS["box"] - p) < 0.06
+
+
+def _is_box(inside):
+    if not inside.any():
+        return torch.tensor(False)
+    at = inside.nonzero()
+    return (at.amax(0) - at.amin(0) + 1).prod() == inside.sum()
+
+
+def test_filling_in_is_learned():
+    x = torch.randn(16, 1, 1, 1).expand(16, 1, 8, 8) + 0.05 * torch.randn(16, 1, 8, 8)
+    assert_learned(Encoders({"picture": Masked(1)}), x, {"picture": x})
 
 
 def test_depth_is_linear_in_depth_or_in_disparity():

@@ -1,4 +1,4 @@
-"""The command line: demo, train, sample, tune, evaluate, certify, plan, info.
+"""The command line: demo, train, sample, edit, tune, evaluate, certify, plan, info.
 
 Exit codes: 0 done, 1 failed check, 2 bad input, 75 try again.
 """
@@ -37,6 +37,8 @@ from undiffuse.cond import ENCODERS, in_turn
 from undiffuse.config import DEFAULTS, KINDS, OF_DENOISERS, TRAINED, Config, fields, parse_overrides
 from undiffuse.data.source import digest
 from undiffuse.denoise import Counter
+from undiffuse.edit import EDITS, Colour, SuperResolution, read_mask, read_pictures, settings
+from undiffuse.edit import edit as edit_pictures
 from undiffuse.evaluation import report
 from undiffuse.evaluation.open import data_of_run, data_of_samples
 from undiffuse.fit import check, fit
@@ -46,6 +48,7 @@ from undiffuse.modal import read_plan
 from undiffuse.model import Model, comes_along, find_run, nearest_run, run_folder, shipped
 from undiffuse.nets import presets
 from undiffuse.plans import Kept, check_plan, kept_plan, made_for, own, plan_for
+from undiffuse.restore import RESTORERS
 from undiffuse.train import Lost, NonFinite, Preempted, Processes, Signals, TrainState
 from undiffuse.tuning import tune_run
 from undiffuse.types import InputError
@@ -95,8 +98,8 @@ class Bars:
         )
         self.progress = Progress(*columns, console=notes)
 
-    def move(self, what: str, step: int, total: int, note: str = "") -> None:
-        """Set the bar named `what` to `step` of `total`."""
+    def move(self, what: str, step: int, total: int | None, note: str = "") -> None:
+        """Set the bar named `what` to `step` of `total`, which may not be known."""
         if self.quiet:
             return
         if what not in self.tasks:
@@ -308,10 +311,7 @@ def sample(
         _no_more_than_a_plan(nfe, plan, layer)
     if dry_run:
         return _dry(config, as_json)
-    if label is not None and "label" in words:
-        raise InputError("label is given by --label and by --given: give all its values by one of them")
-    cycle = model.cycle(label)
-    read = model.words(words | ({"label": [str(k) for k in cycle]} if cycle else {}))
+    read = _told(model, words, label)
     if out is not None and (out.is_dir() or not out.suffix):
         if nfe is not None and kept_plan(model, run, config, nfe, bool(read)) is None and not own(run_folder(run)):
             raise InputError(
@@ -392,6 +392,167 @@ def sample(
             console.print(f"{kept.choice}\n{there}", soft_wrap=True)
     text = f"{out}: {use.n} samples, {facts['nfe']} evaluations, {facts['rows_per_sample']:g} network rows a sample, "
     _say(as_json, facts, text + f"{1000 * seconds / use.n:.1f} ms a sample")
+
+
+@app.command()
+def edit(
+    run: Annotated[str, typer.Argument(help="a run folder, its name in runs/, or digits, fashion or mnist, built in")],
+    pictures: Annotated[
+        list[str], typer.Argument(help="files: pictures of any size, or .npy arrays; and settings as key=value")
+    ],
+    method: Annotated[str, typer.Option(help=f"how: {', '.join(EDITS)}")] = "img2img",
+    strength: Annotated[
+        list[float] | None, typer.Option(help="how much is made anew, above 0 and up to 1; again: one more column")
+    ] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="what is made anew: a picture's file, white there, or left,top,right,bottom")
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(help=f"inpaint: replacement, repaint or net; and in general: {', '.join(RESTORERS)}"),
+    ] = None,
+    times: Annotated[int | None, typer.Option(help="repaint: how often each part of the way is taken")] = None,
+    jump: Annotated[int | None, typer.Option(help="repaint: the steps of a return")] = None,
+    factor: Annotated[int | None, typer.Option(help="super-resolution: how many times as large")] = None,
+    blur: Annotated[float | None, typer.Option(help="deblur: the std of the blur in pixels")] = None,
+    share: Annotated[float | None, typer.Option(help="random-mask: the share of pixels that are known")] = None,
+    noise: Annotated[float | None, typer.Option(help="restoration: the std of the noise in what was measured")] = None,
+    measure: Annotated[
+        bool | None, typer.Option("--measure", help="restoration: pictures are whole, measure them first and compare")
+    ] = None,
+    cross: Annotated[float | None, typer.Option(help="prompt: share of steps with the attention to words kept")] = None,
+    own: Annotated[float | None, typer.Option(help="prompt: share of steps with the self-attention kept")] = None,
+    average: Annotated[int | None, typer.Option(help="flowedit: draws of noise at each step")] = None,
+    label: Annotated[
+        str | None, typer.Option("--label", "--class", help="the class that pictures shall have; several: in turn")
+    ] = None,
+    from_label: Annotated[str | None, typer.Option("--from-label", "--from-class", help="the class they have")] = None,
+    prompts: Annotated[list[str] | None, typer.Option("--text", help="what they shall show; again: in turn")] = None,
+    from_text: Annotated[list[str] | None, typer.Option("--from-text", help="what they show; again: in turn")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="a picture's file; again: in turn")] = None,
+    depth: Annotated[list[str] | None, typer.Option(help="a depth map: a picture, or a .npy; again: in turn")] = None,
+    segmentation: Annotated[
+        list[str] | None, typer.Option(help="a mask of class numbers: a picture, or a .npy; again: in turn")
+    ] = None,
+    audio: Annotated[list[str] | None, typer.Option(help="a sound's file, such as a .wav; again: in turn")] = None,
+    given: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for a condition of any other name; again: in turn")
+    ] = None,
+    from_given: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of what they are; again: in turn")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="guidance weights of several conditions, such as depth=1.5,text=4")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="a .png of before and after, or a .npy; default RUN/edits/")] = None,
+    ema: AverageOf = None,
+    number: Annotated[int | None, typer.Option("-n", help="results of each picture; the same as sample.n")] = None,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Edit pictures by a finished run: `undiffuse edit fashion shoe.png --strength 0.4 --strength 0.7 --class bag`.
+
+    Other methods: `--method inpaint --mask 4,4,20,20`, `--method invert --from-class sneaker --class "ankle boot"`,
+    `--method super-resolution --factor 4`, `--method deblur --blur 1.5 --noise 0.05`; see docs/editing.md.
+    """
+    model = Model.load(run, ema)
+    files = [word for word in pictures if "=" not in word or Path(word).is_file()]
+    layer = parse_overrides([word for word in pictures if word not in files])
+    if not files:
+        raise InputError("no picture was given: undiffuse edit RUN PICTURE, such as shoe.png or samples.npy")
+    if weights is not None:
+        if "guidance" in layer:
+            raise InputError("--weights has a guidance weight for each condition: leave out guidance, or --weights")
+        layer["guidance"] = _composed(weights)
+    n = _number(number, layer)
+    n = 1 if n is None else n
+    config = bulk_module.configure(model, layer)
+    options = {
+        "strength": strength and tuple(strength), "mask": mask, "by": by, "times": times, "jump": jump,
+        "factor": factor, "blur": blur, "share": share, "noise": noise, "measure": measure, "cross": cross,
+        "own": own, "average": average,
+    }  # fmt: skip
+    options = {name: value for name, value in options.items() if value is not None}
+    how = _method(method, options, model)
+    words = _words(
+        {"text": prompts, "image": image, "depth": depth, "segmentation": segmentation, "audio": audio}, given
+    )
+    before = _words({"text": from_text}, from_given)
+    told = [_told(model, each, name) for each, name in ((words, label), (before, from_label))]
+    if told[1] and not how.paired:
+        starting = ", ".join(name for name, kind in EDITS.items() if kind.paired)
+        raise InputError(
+            f"{method} does not ask what pictures are: --from-class, --from-text, --from-given are for {starting}"
+        )
+    if dry_run:
+        return _dry(config, as_json)
+    small = how.factor if isinstance(how, SuperResolution) and not how.measure else 1
+    grey = 1 if isinstance(how, Colour) and not how.measure else 0
+    x = read_pictures(model, files, small, grey)
+    target, source = (
+        in_turn(read, range(rows)) if read else None for read, rows in zip(told, (len(x) * n, len(x)), strict=True)
+    )
+    asked = json.dumps([files, method, options, words, before, label, from_label, config.values["sample"]], default=str)
+    where = f"{Path(files[0]).stem}-{method}-{digest(asked)[:6]}.png"
+    out = out or _own_folder(run, "edits") / where
+    out = out.with_suffix(".npy") if len(model.shape) != 3 and out.suffix == ".png" else out
+    if out.suffix not in (".png", ".npy"):
+        raise InputError(f"results are written as .png, with what was before, or as .npy; got {out.name}")
+    _writable(out)
+    started, calls = time.perf_counter(), [0]
+    with Bars(as_json) as bars:
+
+        def on_call(k: int) -> None:
+            calls[0] = k
+            bars.move("editing", k, None, "evaluations")
+
+        found = edit_pictures(
+            model.using(config),
+            x,
+            how,
+            target=target,
+            source=source,
+            n=n,
+            steps=config.section("sample").steps if "steps" in layer.get("sample", {}) else None,
+            solver=config.build("solver") if "solver" in layer else None,
+            seed=config.section("sample").seed,
+            progress=on_call,
+        )
+    results = torch.stack(list(found.results.values()), 1)
+    if not bool(torch.isfinite(results).all()):
+        raise NonFinite("results have NaN or infinite values and were not written: try other steps, or another method")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".png":
+        plot.save_sheet({k: model.shown(v) for k, v in {**found.before, **found.results}.items()}, out)
+    else:
+        np.save(out, results.flatten(0, 1).numpy())
+    facts = {"file": str(out), "method": method, "pictures": len(x), "results": len(results) * results.shape[1]}
+    facts |= {"evaluations": calls[0], "seconds": round(time.perf_counter() - started, 4), **found.measured}
+    told_of = "".join(f", {name} {value:.4g}" for name, value in found.measured.items())
+    many = f"{facts['results']} {'result' if facts['results'] == 1 else 'results'}"
+    _say(as_json, facts, f"{out}: {many}, {calls[0]} evaluations, {facts['seconds']:.1f} s{told_of}")
+
+
+def _method(name: str, options: dict[str, Any], model: Model) -> Any:
+    """The method of `EDITS` with the options that were given; InputError for those of other methods."""
+    own = ["mask" if field == "known" else field for field in settings(name)]
+    for option in options:
+        if option not in own:
+            others = [k for k in EDITS if option in ("mask" if f == "known" else f for f in settings(k))]
+            raise InputError(
+                f"--{option} is for {', '.join(others)}; --method {name} takes {', '.join(f'--{k}' for k in own)}"
+            )
+    if "mask" in own and "mask" not in options:
+        raise InputError("inpaint needs --mask: what is made anew, a file with it in white, or left,top,right,bottom")
+    if "mask" in options:
+        options = {"known" if k == "mask" else k: read_mask(model, v) if k == "mask" else v for k, v in options.items()}
+    return EDITS[name](**options)
+
+
+def _told(model: Model, words: dict[str, list[str]], label: str | None) -> list[Any]:
+    """The conditions in words and of --class, each read as a whole."""
+    if label is not None and "label" in words:
+        raise InputError("label is given by --label and by --given: give all its values by one of them")
+    cycle = model.cycle(label)
+    return model.words(words | ({"label": [str(k) for k in cycle]} if cycle else {}))
 
 
 @app.command()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from undiffuse.types import InputError
@@ -50,6 +50,26 @@ def tile(x: Tensor, columns: int, scale: int = 6, gap: int = 4, smooth: bool = F
 def save_png(x: Tensor, path: Path, columns: int = 8, smooth: bool = False) -> None:
     """Write samples as a PNG, small images enlarged to about 64 pixels."""
     tile(x, columns, max(1, 64 // x.shape[-1]), smooth=smooth).save(path)
+
+
+def save_sheet(columns: dict[str, Tensor], path: Path, side: int = 112) -> None:
+    """Write pictures (n, c, h, w) of each name as a column under it, one row a sample, enlarged to about `side` pixels;
+    smaller ones, such as those of low resolution, are shown as large. Raises InputError for data that are no images."""
+    whole = max((x for x in columns.values()), key=lambda x: x.shape[-1] if x.ndim == 4 else 0)
+    scale = max(1, side // max(whole.shape[-2:]))
+    strips = [tile(x, 1, scale * max(1, whole.shape[-1] // x.shape[-1])).convert("RGB") for x in columns.values()]
+    font, top, gap = ImageFont.load_default(12), 20, 4
+    widths = [
+        max(strip.width - gap, math.ceil(font.getlength(name)) + 2 * gap)
+        for strip, name in zip(strips, columns, strict=True)
+    ]
+    sheet = Image.new("RGB", (sum(widths) + gap, max(strip.height for strip in strips) + top), "white")
+    draw, left = ImageDraw.Draw(sheet), 0
+    for strip, name, width in zip(strips, columns, widths, strict=True):
+        sheet.paste(strip, (left + (width + gap - strip.width) // 2, top))
+        draw.text((left + (width + gap) / 2, top - 4), name, INK, font, anchor="ms")
+        left += width
+    sheet.save(path)
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 90, hold: int = 14) -> None:

@@ -7,7 +7,8 @@ from undiffuse.cond.cond import Cond
 from undiffuse.cond.encoders import Conditioned, Encoder, Encoders
 from undiffuse.cond.given import Given, in_turn
 from undiffuse.cond.label import Label
-from undiffuse.cond.maps import Depth, Layout, Picture, Variation
+from undiffuse.cond.maps import Depth, Layout, Masked, Picture, Variation
+from undiffuse.cond.masks import random_known
 from undiffuse.cond.prompt import Prompt, prompt
 from undiffuse.cond.text import Bytes, Text
 
@@ -16,6 +17,7 @@ ENCODERS: dict[str, Callable[..., Encoder]] = {
     "bytes": Bytes,
     "text": Text,
     "picture": Picture,
+    "masked": Masked,
     "variation": Variation,
     "depth": Depth,
     "layout": Layout,
@@ -35,6 +37,7 @@ __all__ = [
     "Given",
     "Label",
     "Layout",
+    "Masked",
     "Picture",
     "PretrainedAudio",
     "Prompt",
@@ -43,4 +46,5 @@ __all__ = [
     "in_turn",
     "log_mel",
     "prompt",
+    "random_known",
 ]

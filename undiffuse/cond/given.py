@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from undiffuse.cond.cond import Cond
+from undiffuse.cond.masks import random_known
 from undiffuse.seeds import seed_of, uniform
 from undiffuse.types import InputError
 
@@ -41,11 +42,29 @@ class Read:
         noisy = (1 - sigma.square()).sqrt() * z + sigma * eps
         return replace(self, tensors={**self.tensors, "map": noisy, "level": level})
 
+    def noised_in_training(self, seed: int, index: Tensor) -> Read:
+        """With noise of levels that are uniform in [0, `most`]."""
+        return self.noised(self.tensors["most"] * uniform(seed, index), seed_of(seed, 1), index)
+
+    def masked_in_training(self, seed: int, index: Tensor) -> Read:
+        """With random masks of the pictures that came `whole`."""
+        known, whole = self.tensors["known"], self.tensors["whole"]
+        drawn = random_known(seed, index, known.shape[2:]).to(known)
+        mask = torch.where(whole.reshape(-1, *[1] * (known.ndim - 1)), drawn, known)
+        return replace(self, tensors={**self.tensors, "known": mask})
+
     @staticmethod
     def cat(parts: list[Read]) -> Read:
         """Batches one after the other; sequences are filled up with zeros, which their masks leave out."""
         tensors = {name: _filled([p.tensors[name] for p in parts]) for name in parts[0].tensors}
         return Read(tensors, torch.cat([p.there for p in parts]), parts[0].done)
+
+
+# what training draws anew in each epoch, by the tensor that asks for it
+DRAWN: dict[str, Callable[[Read, int, Tensor], Read]] = {
+    "most": Read.noised_in_training,
+    "whole": Read.masked_in_training,
+}
 
 
 def _filled(parts: list[Tensor]) -> Tensor:
@@ -117,17 +136,16 @@ class Given:
 
     def dropped(self, seed: int, index: Tensor, p: float) -> Given:
         """The rows as training sees them: all conditions of a sample dropped with probability p, and of several each by
-        itself with its probability in `alone`; noise of uniform levels in the maps that have a greatest one, `most`;
-        functions of (seed, global index (b,)) alone."""
+        itself with its probability in `alone`; and what `DRAWN` draws; functions of (seed, global index (b,)) alone."""
         given = self.drop(uniform(seed, index) < p)
         if len(self.reads) > 1:
             several = self.alone.keys() & self.reads.keys()
             draws = {name: uniform(seed_of(seed, *name.encode()), index) for name in several}
             given = given._without({name: draw < self.alone[name] for name, draw in draws.items()})
         reads = dict(given.reads)
-        for name in [name for name, read in reads.items() if "most" in read.tensors]:
-            own = seed_of(seed, *name.encode(), 1)
-            reads[name] = reads[name].noised(reads[name].tensors["most"] * uniform(own, index), seed_of(own, 1), index)
+        for name, read in given.reads.items():
+            for draw in (DRAWN[part] for part in read.tensors if part in DRAWN):
+                reads[name] = draw(reads[name], seed_of(seed, *name.encode(), 1), index)
         return replace(given, reads=reads)
 
     def noised(self, name: str, level: float, seed: int = 0) -> Given:

@@ -123,6 +123,70 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Masked:
+    """A picture of `channels` channels of which a part is known, for networks that fill in the rest (Saharia et al.
+    2021, Palette, arXiv 2111.05826): the picture times the mask, and the mask, 1 where it is known and 0 elsewhere.
+
+    Values are pictures with the mask as one channel more, bytes 0 to 255 or floats 0 to 1. In training pictures without
+    a mask, such as the samples themselves, get random ones (`random_known`), functions of the seed and of the sample's
+    index; elsewhere half of each side of them is hidden, in the middle. That nothing is known is the null condition.
+
+    >>> from undiffuse.cond import Encoders
+    >>> encoders, picture = Encoders({"picture": Masked(1)}), torch.full((1, 1, 1, 2), 0.5)
+    >>> given = encoders(picture=torch.cat([picture, torch.tensor([[[[1.0, 0.0]]]])], 1))
+    >>> encoders.encoded(given, (1, 2)).spatial.tolist()
+    [[[[0.5, 0.0]], [[1.0, 0.0]]]]
+    """
+
+    channels: int = 3
+    vector = tokens = 0
+    reads = "picture"
+
+    def __post_init__(self) -> None:
+        if self.channels < 1:
+            raise InputError(f"Masked needs channels >= 1, got {self}")
+
+    @property
+    def spatial(self) -> int:
+        """The channels, and the mask."""
+        return self.channels + 1
+
+    def read(self, values: Any) -> dict[str, Tensor]:
+        """Pictures (b, channels, *sides), what is known of them (b, 1, *sides), and whether they came whole (b,)."""
+        x = stacked(values)
+        if x.ndim < 3 or x.shape[1] not in (self.channels, self.channels + 1):
+            raise InputError(f"expected (samples, {self.channels} and a mask, sides ...), got {tuple(x.shape)}")
+        whole = x.shape[1] == self.channels
+        maps = pixels(x[:, : self.channels], self.channels)
+        known = (
+            _middle_hidden(maps) if whole else x[:, self.channels :].float() / (255 if x.dtype == torch.uint8 else 1)
+        )
+        if not bool(((known >= 0) & (known <= 1)).all()):
+            raise InputError("a mask is from 0 (hidden) to 1 (known)")
+        return {"map": maps, "known": known, "whole": torch.full((len(x),), whole)}
+
+    def build(self) -> nn.Module:
+        """Nothing to train."""
+        return _Masked()
+
+
+def _middle_hidden(maps: Tensor) -> Tensor:
+    known = torch.ones_like(maps[:, :1])
+    middle = known
+    for axis, n in enumerate(maps.shape[2:], 2):
+        middle = middle.narrow(axis, n // 4, n - 2 * (n // 4))
+    middle.zero_()
+    return known
+
+
+class _Masked(nn.Module):
+    """What is known of a picture, and where that is, on the grid of the samples."""
+
+    def forward(self, read: Mapping[str, Tensor], size: Sequence[int]) -> Cond:
+        return Cond(spatial=resized(torch.cat([read["map"] * read["known"], read["known"]], 1).float(), size))
+
+
+@dataclass(frozen=True)
 class Depth:
     """A depth map (b, *sides) or (b, 1, *sides) with values from `near` to `far`, seen as 1 to -1: as disparity, linear
     in 1 / depth, with `inverse`. Values beyond are cut off; InputError for `inverse` with near <= 0.
