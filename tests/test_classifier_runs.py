@@ -97,6 +97,9 @@ def test_another_average_of_its_weights(digits):
     one, other = (ClassifierModel.load(digits[0], ema=length) for length in (0.05, 0.1))
     x = torch.randn(3, 1, 8, 8)
     assert not torch.equal(one.classifier(x, Level.at(0.0)), other.classifier(x, Level.at(0.0)))
+    assert one.scores == ()  # which were another average's
+    with pytest.raises(InputError, match=r"0\.2887"):
+        ClassifierModel.load(digits[0], ema=0.5)
 
 
 @pytest.mark.parametrize("stops", [[1], [4], [7, 9]], ids=str)
