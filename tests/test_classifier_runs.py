@@ -14,6 +14,7 @@ from undiffuse import ClassifierModel, InputError, Level, Model
 from undiffuse.config import Config, parse_overrides
 from undiffuse.fit import fit
 from undiffuse.model import fingerprint
+from undiffuse.train.track import flat
 
 TINY = ["net.width=16", "train.batch=16", "train.warmup=0", "track=none"]
 
@@ -96,6 +97,9 @@ def test_another_average_of_its_weights(digits):
     one, other = (ClassifierModel.load(digits[0], ema=length) for length in (0.05, 0.1))
     x = torch.randn(3, 1, 8, 8)
     assert not torch.equal(one.classifier(x, Level.at(0.0)), other.classifier(x, Level.at(0.0)))
+    assert one.scores == ()  # which were another average's
+    with pytest.raises(InputError, match=r"0\.2887"):
+        ClassifierModel.load(digits[0], ema=0.5)
 
 
 @pytest.mark.parametrize("stops", [[1], [4], [7, 9]], ids=str)
@@ -128,11 +132,11 @@ def test_a_folder_read_in_passing_gives_what_memory_gives(pictures, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["head=v"], "kind=classifier has no head, which is a denoiser's"),
-        (["head.sigma_data=0.5"], r"no head\.sigma_data, which is"),
+        (["head=v"], "kind=classifier takes no head, only denoisers do: leave that out"),
+        (["head.sigma_data=0.5"], r"no head\.sigma_data, only"),
         (
             ["weight=edm", "guidance.w=3"],
-            r"no guidance\.w, weight, which are denoisers'|no guidance\.w, weight, which are",
+            r"no guidance\.w, weight, only",
         ),
         (["variance=hybrid"], "no variance"),
         (["coupling=immiscible"], "no coupling"),
@@ -245,3 +249,30 @@ def test_a_model_that_does_not_fit_or_is_damaged_is_named(tmp_path):
         ClassifierModel.load(out)
     with pytest.raises(InputError, match="does not exist"):
         ClassifierModel.load(tmp_path / "none")
+
+
+def test_the_demo_is_about_a_denoiser(run, tmp_path):
+    code, _, err = run("demo", "kind=classifier", "--out", tmp_path / "demo")
+    assert (code, "the demo trains a denoiser: leave out kind" in err) == (2, True)
+
+
+def test_trackers_are_told_of_every_level_and_of_means(digits):
+    rows = [json.loads(line) for line in (digits[0] / "metrics.jsonl").read_text().splitlines()]
+    logged, seen = flat(rows[-2]), flat(rows[-1])
+    best = rows[-2]["bins"][-1]
+    assert logged[f"relative error/lam {best['lam']:+.1f}"] == best["loss"] / best["prior"]
+    levels = rows[-1]["eval"]["levels"]
+    assert seen["eval/accuracy"] == pytest.approx(sum(row["accuracy"] for row in levels) / len(levels))
+
+
+def test_the_batch_is_measured_as_that_of_a_denoiser(monkeypatch, tmp_path):
+    def forward(self, x, time, cond=None):
+        if len(x) > 32:
+            raise torch.OutOfMemoryError("planted")
+        return 0.0 * self.head.weight.sum() + x.new_zeros(len(x), 10)
+
+    monkeypatch.setattr("undiffuse.nets.EncoderUNet.forward", forward)
+    clock = iter(range(10**6))
+    monkeypatch.setattr("undiffuse.fit.time.perf_counter", lambda: float(next(clock)))
+    words = [*TINY, "train.batch=auto", "train.steps=1", "eval.every=0", "held_out=20", f"out={tmp_path / 'auto'}"]
+    assert fit(resolve(*words)).model.config.values["train"]["batch"] == 32

@@ -44,7 +44,7 @@ def test_the_python_of_training_runs(monkeypatch, tmp_path):
     """Every block in the order of the page, as one program; its last model is a run that can be sampled."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", TRAINING.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names = {}
     exec("\n".join(blocks), names)
     assert names["state"].step == 20

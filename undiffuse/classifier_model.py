@@ -106,7 +106,8 @@ class ClassifierModel:
     @staticmethod
     def load(run: str | Path, ema: float | None = None) -> ClassifierModel:
         """The finished classifier of a run folder, or of a run's name in runs/, verified against its hashes; `ema` is
-        as in `Model.load`. InputError says what is wrong with the folder, or that it holds a denoiser."""
+        as in `Model.load`, and has no scores. InputError says what is wrong with the folder, or that it holds a
+        denoiser."""
         found, folder = finished(run)
         try:
             config = Config.resolve(Config.read(folder / "config.toml"))
@@ -129,6 +130,7 @@ class ClassifierModel:
             raise InputError(f"{folder} holds a model that does not fit its configuration: {error}") from error
         if ema is not None:
             take_average(model.classifier, found, config, ema)
+            model = replace(model, scores=())
         model.classifier.eval().requires_grad_(False)
         return model
 

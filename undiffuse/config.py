@@ -376,9 +376,7 @@ class Config:
         alone += [key for key in (f"{s}.{name}" for s, name in _SETTINGS_OF_DENOISERS.items()) if key in self.given]
         if alone:
             told = ", ".join(key.removesuffix(".kind") for key in alone)
-            raise InputError(
-                f"kind=classifier has no {told}, which {'are' * (len(alone) > 1) or 'is'} a denoiser's: leave it out"
-            )
+            raise InputError(f"kind=classifier takes no {told}, only denoisers do: leave that out")
         kind = self.values["net"]["kind"]
         if kind not in CLASSIFIERS:
             raise InputError(f"net={kind} cannot be a classifier: kind=classifier takes net={' or '.join(CLASSIFIERS)}")

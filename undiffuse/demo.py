@@ -126,6 +126,8 @@ def path_frames(model: Model, w: float, steps: int = PATH_STEPS, rows: int = 3, 
 
 def configure(layers: Sequence[dict[str, Any]] = (), out: Path | None = None) -> Config:
     """The preset under these layers; InputError for other data than the digits."""
+    if any("kind" in layer for layer in layers):
+        raise InputError("the demo trains a denoiser: leave out kind, or train a classifier with `undiffuse train`")
     config = Config.resolve(PRESET, *layers, {"out": str(out)} if out else {})
     if config.values["data"]["name"] != "digits":
         raise InputError("the demo is about the digits; train on your own data with `undiffuse train data=FILE`")

@@ -168,10 +168,7 @@ def _sigma(spectrum: Spectrum) -> float:
 def _assembled(config: Config, data: RunData, spectrum: Spectrum) -> Model | ClassifierModel:
     """The untrained model; InputError for data that cannot train a classifier."""
     if not config.classifies:
-        model = assemble(config, spectrum, data.classes, data.conditions.fresh())
-        shown = data.held_out.cond
-        shown = None if shown is None else shown[:SHOWN]
-        return replace(model, names=tuple(data.source.classes), scale=data.prepare.statistics, shown_with=shown)
+        return assemble(config, spectrum, data.classes, data.conditions.fresh())
     if data.train.labels is None or data.held_out.labels is None or data.classes < 2:
         found = "no labels" if data.train.labels is None or data.held_out.labels is None else "one class only"
         raise InputError(
@@ -179,8 +176,7 @@ def _assembled(config: Config, data: RunData, spectrum: Spectrum) -> Model | Cla
             "folder a class, a .npz with `labels`, or files with a column `label` in which every sample has one"
         )
     counts = torch.bincount(data.train.labels, minlength=data.classes).clamp(min=1)  # a class may be held out whole
-    reader = assemble_classifier(config, spectrum, counts / counts.sum())
-    return replace(reader, names=tuple(data.source.classes), scale=data.prepare.statistics)
+    return assemble_classifier(config, spectrum, counts / counts.sum())
 
 
 def _built(config: Config, data: RunData, spectrum: Spectrum) -> tuple[Model | ClassifierModel, Aim, EMA]:
@@ -193,6 +189,9 @@ def _built(config: Config, data: RunData, spectrum: Spectrum) -> tuple[Model | C
         if not out_of_memory(error):
             raise
         raise InputError(f"this network does not fit in memory: {config.values['net']}; make it smaller") from error
+    model = replace(model, names=tuple(data.source.classes), scale=data.prepare.statistics)
+    if isinstance(model, Model) and data.held_out.cond is not None:
+        model = replace(model, shown_with=data.held_out.cond[:SHOWN])
     objective = _aim(config, spectrum.std)
     objective.check(model.module)
     if engine.sharding == "fsdp":

@@ -234,10 +234,10 @@ def _curve(axes: Any, rows: Sequence[dict[str, Any]], key: str, label: str, smoo
     _log_scale(axes, values)
 
 
-Value = Callable[[dict[str, Any]], float | None]
+_Value = Callable[[dict[str, Any]], float | None]
 
 
-def _curves_of_levels(axes: Any, rows: Sequence[dict[str, Any]], label: str, value: Value, reference: Value) -> None:
+def _curves_of_levels(axes: Any, rows: Sequence[dict[str, Any]], label: str, value: _Value, reference: _Value) -> None:
     axes.axhline(1, color=MUTED, linewidth=1, linestyle="--")
     axes.set_ylabel(label, fontsize=9)
     steps, drawn = [r["step"] for r in rows], [1.0]

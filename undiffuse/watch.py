@@ -112,13 +112,15 @@ class ClassifierWatch:
         self.model, self.held_out = model, held_out
 
     def measure(self, asked: Callable[[], int] = lambda: 0) -> dict[str, Any]:
-        """The row's numbers; raises Left when `asked()` gives a signal."""
+        """The row's numbers, means and a row a level; raises Left when `asked()` gives a signal."""
 
         def leave() -> None:
             if asked():
                 raise Left
 
-        return {"levels": list(self.model.judged(self.held_out, leave).scores)}
+        rows = self.model.judged(self.held_out, leave).scores
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in ("loss", "accuracy")}
+        return {**means, "levels": list(rows)}
 
     def picture(self, path: Path | None, asked: Callable[[], int] = lambda: 0) -> None:
         """Nothing: a classifier draws none."""
