@@ -13,6 +13,7 @@ from undiffuse.grid import check_levels
 from undiffuse.level import Level, transition
 from undiffuse.seeds import seed_of, uniform
 from undiffuse.solvers import Eval, Solver
+from undiffuse.tableau import trace
 from undiffuse.types import Denoise, InputError, require
 from undiffuse.types import Noise as NoiseLike
 
@@ -36,7 +37,7 @@ class Steered(NamedTuple):
     def drawn(self, seed: int = 0, first: int = 0) -> Tensor:
         """One particle of each group (n, *data), drawn by weight: a sample of the tilted distribution as K grows."""
         u = uniform(seed_of(seed, -1), torch.arange(first, first + len(self.x)))
-        return self.x[torch.arange(len(self.x)), systematic(self.log_weights.exp(), u)[1][:, 0].to(self.x.device)]
+        return self.x[torch.arange(len(self.x)), _found(self.log_weights.exp(), u[:, None])[:, 0].to(self.x.device)]
 
     def best(self, reward: Reward) -> Tensor:
         """The particle of highest reward of each group (n, *data)."""
@@ -53,9 +54,13 @@ def systematic(weights: Tensor, u: Tensor) -> Tensor:
     [[0, 0, 2, 3]]
     """
     k = weights.shape[1]
-    places = (torch.arange(k, dtype=torch.float64) + u.double()[:, None]) / k
-    edges = weights.double().cpu().cumsum(1)
-    last = (weights > 0).cpu().long().mul(torch.arange(1, k + 1)).amax(1, keepdim=True) - 1
+    return _found(weights, (torch.arange(k, dtype=torch.float64) + u.double()[:, None]) / k)
+
+
+def _found(weights: Tensor, places: Tensor) -> Tensor:
+    """The particles at `places` (n, m) in [0, 1) of the weights' running sums; none of weight 0."""
+    edges = weights.double().cumsum(1)
+    last = (weights > 0).long().mul(torch.arange(1, weights.shape[1] + 1)).amax(1, keepdim=True) - 1
     return torch.minimum(torch.searchsorted(edges, places, right=True), last)
 
 
@@ -100,6 +105,11 @@ def steer(
     if len(x) == 0 or len(x) % particles:
         raise InputError(f"steer: {len(x)} rows are not whole groups of {particles} particles")
     levels, rises = check_levels(levels)
+    if threshold and not _draws(solver, levels):
+        raise InputError(
+            "steering needs a solver that draws noise, such as DDPM() or DDIM(eta=1), else copies of particles stay "
+            f"copies; {solver} draws none: take another, or threshold=0"
+        )
     n, k, dtype = len(x) // particles, particles, x.dtype
     weights = _Weights(n, k, threshold)
     past: list[Eval] = []
@@ -109,20 +119,15 @@ def steer(
             keep, std = transition(now, then)
             x, past = (keep * x + std * noise()).to(dtype), []
             continue
-        known, count = denoise(x, now), _Counting(noise)
+        known = denoise(x, now)
         u = uniform(seed_of(seed, i), torch.arange(first, first + n))
         rows = weights.update(scale * _value(reward, known), u if i % every == 0 else None)
         if rows is not None:
             rows = rows.to(x.device)
             x, known, now = x[rows], known[rows], _picked(now, rows)
             past = [Eval(_picked(e.level, rows), e.x[rows], e.x0[rows]) for e in past]
-        x, new = solver.step(_Remembered(denoise, x, now, known), x, now, then, past, count)
+        x, new = solver.step(_Remembered(denoise, x, now, known), x, now, then, past, noise)
         x, past = x.to(dtype), [new, *past][: solver.history]
-        if threshold and not count.draws and not then.is_clean:
-            raise InputError(
-                "steering needs a solver that draws noise, such as DDPM() or DDIM(eta=1), else copies of particles "
-                f"stay copies; {solver} draws none: take another, or threshold=0"
-            )
     weights.update(scale * _value(reward, x), None)
     return weights.result(x.reshape(n, k, *x.shape[1:]))
 
@@ -170,19 +175,16 @@ class _Weights:
         return Steered(x, self.log_w.log_softmax(1), log_norm, torch.stack(self.ess), torch.stack(self.resampled))
 
 
+def _draws(solver: Solver, levels: Sequence[Level]) -> bool:
+    """Whether a chain draws noise, as far as its table tells; those that have none are taken to."""
+    try:
+        return trace(solver, levels).draws > 0
+    except InputError:
+        return True
+
+
 def _picked(level: Level, rows: Tensor) -> Level:
     return Level(level.alpha[rows], level.sigma[rows]) if level.alpha.ndim else level
-
-
-class _Counting:
-    """Noise that counts its draws."""
-
-    def __init__(self, noise: NoiseLike) -> None:
-        self.draws, self._noise = 0, noise
-
-    def __call__(self) -> Tensor:
-        self.draws += 1
-        return self._noise()
 
 
 class _Remembered:
