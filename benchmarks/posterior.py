@@ -231,8 +231,8 @@ def main() -> None:
         "posterior, less where they are too sure or elsewhere, more where they spread too much or, for the sets, lie "
         f"where the truth seldom is; standard error {100 * math.sqrt(0.09 / PROBLEMS):.1f} points (steering "
         f"{100 * math.sqrt(0.09 / GROUPS):.1f}). MMSE gap: distance of the mean from E[x0 | y] in units of the "
-        "posterior's std. Sliced W2: of (x0, y), whose floor the first row shows. Gaps and distances are in the order of "
-        "columns. Transforms and steering run on DPM-Solver++(2M) with eta = 1, DPS (zeta = 0.3) on DDPM, DiffPIR on "
+        "posterior's std. Sliced W2: of (x0, y), whose floor the first row shows. Both in the order of the columns. "
+        "Transforms and steering run on DPM-Solver++(2M) with eta = 1, DPS (zeta = 0.3) on DDPM, DiffPIR on "
         "DDIM(1); DAPS draws exactly.\n\n"
     )
     write("Calibration of posteriors", "make bench-posterior", text + table(header, rows))
