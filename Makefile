@@ -4,7 +4,7 @@ BIN := .venv/bin
 PEERS := .venv-peers/bin/python
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench bench-solvers bench-faults bench-scale bench-evaluate bench-quality peers bench-training bench-nets bench-conditions bench-editing clean
+.PHONY: demo test lint bench bench-solvers bench-faults bench-scale bench-evaluate bench-quality peers bench-training bench-nets bench-conditions bench-guidance bench-posterior bench-editing clean
 .DEFAULT_GOAL := demo
 
 .venv/.base: pyproject.toml constraints.txt
@@ -62,6 +62,12 @@ bench-nets: .venv/.dev
 
 bench-conditions: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/conditions.py
+
+bench-guidance: .venv/.dev
+	for b in guidance guided; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$b.py || exit 1; done
+
+bench-posterior: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/posterior.py
 
 bench-editing: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/editing.py

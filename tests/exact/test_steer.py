@@ -23,7 +23,7 @@ from undiffuse import (
     UniformLam,
     trajectory,
 )
-from undiffuse.restore import steer
+from undiffuse.restore import MMPS, Matrix, Problem, steer
 from undiffuse.restore.steer import systematic
 from undiffuse.sample import moments
 
@@ -85,6 +85,45 @@ def test_the_normaliser_is_unbiased_and_so_are_weighted_sums(case):
     assert float(error.abs().max()) < 3.5
     if kw.get("threshold", 0.5):
         assert found.resampled.any()
+
+
+@pytest.mark.parametrize("solver", [DDPM(), DDPM("large"), DDIM(0.7), DPMpp2M(eta=1.0)])
+@pytest.mark.parametrize("threshold", [0.0, 0.7])
+def test_a_proposal_changes_the_steps_and_not_what_is_estimated(solver, threshold):
+    """However wrong it is; also with a potential in the place of the reward on the way."""
+
+    def proposal(x, level):
+        return PRIOR(x, level) + 0.3 * level.sigma * torch.tensor([1.0, -0.5]).double()
+
+    found = steered(
+        400, 8, solver, threshold=threshold, proposal=proposal, potential=lambda x0, level: level.alpha * reward(x0)
+    )
+    log_norm, tilted_mean = tilted(*chain(solver, LEVELS))
+    each = found.log_norm.exp()
+    assert float(each.mean()) == pytest.approx(float(log_norm.exp()), abs=3 * float(each.std()) / 20)
+    sums = each[:, None] * (found.log_weights.exp()[..., None] * found.x).sum(1)
+    error = (sums.mean(0) - log_norm.exp() * tilted_mean) / (sums.std(0) / 20)
+    assert float(error.abs().max()) < 3.5
+
+
+def test_the_exact_posterior_as_proposal_leaves_all_weights_alike():
+    """In the limit of small steps, which conditioned on y have the density p(y) / p(y | x0) times their own."""
+    problem = Problem(Matrix(torch.tensor([[1.0, 1.0]]).double()), torch.tensor([[2.0]]).double().expand(512, -1), 0.4)
+
+    def likelihood(x0):
+        return -problem.residual(x0).square().sum(1) / (2 * problem.std**2)
+
+    shares = {}
+    for steps in (30, 120):
+        levels, spread = UniformLam()(VP(), steps), []
+        for proposal in (None, MMPS(iterations=1)(PRIOR, problem)):
+            x = torch.randn(512, 2).double()
+            noise = plain(512)
+            kw = {"particles": 512, "threshold": 0.0, "proposal": proposal}
+            spread.append(float(steer(PRIOR, x, levels, DDPM("large"), noise, likelihood, **kw).ess[-1]) / 512)
+        shares[steps] = spread
+    assert shares[30][1] > 2 * shares[30][0]
+    assert shares[120][1] > max(0.8, shares[30][1])
 
 
 def test_many_particles_are_a_sample_of_the_tilted_distribution():
@@ -180,6 +219,8 @@ def test_bad_input_is_named():
         ({"reward": lambda x0: x0}, "finite numbers"),
         ({"reward": lambda x0: x0[:, 0] * math.nan}, "finite numbers"),
         ({"solver": DDIM()}, "stay copies"),
+        ({"solver": PredictorCorrector(), "proposal": PRIOR}, "one evaluation a step"),
+        ({"solver": DDIM(), "proposal": PRIOR, "threshold": 0.0}, "draws noise in every step"),
     ]:
         settings = {"solver": DDPM(), "reward": reward, "particles": 4} | change
         with pytest.raises(InputError, match=why):
