@@ -4,7 +4,7 @@ BIN := .venv/bin
 PEERS := .venv-peers/bin/python
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench bench-solvers bench-faults bench-scale bench-evaluate bench-quality peers bench-training bench-nets bench-conditions bench-editing clean
+.PHONY: demo test lint bench bench-solvers bench-faults bench-scale bench-evaluate bench-quality peers bench-training bench-nets bench-conditions bench-editing bench-posterior clean
 .DEFAULT_GOAL := demo
 
 .venv/.base: pyproject.toml constraints.txt
@@ -65,6 +65,9 @@ bench-conditions: .venv/.dev
 
 bench-editing: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/editing.py
+
+bench-posterior: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/posterior.py
 
 bench-faults: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py

@@ -95,7 +95,7 @@ def data_of(data, model, many):
 
 
 def test_the_recipe_for_filling_in_learns_to(tmp_path):
-    """On digits, whose hidden middle is nearer to the truth where what is known is theirs than where it is another's."""
+    """On digits: the hidden middle is nearer to the truth where what is known is theirs than where it is another's."""
     layer = {"out": str(tmp_path / "inpaint"), "held_out": TEST, "data": {"name": "digits"}, "sample": {"steps": 10}}
     layer |= {"train": {"steps": 200, "batch": 32, "warmup": 10}, "net": {"width": 32}}
     config = Config.resolve(Config.read(RECIPES / "inpaint.toml"), layer)

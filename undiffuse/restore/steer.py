@@ -13,6 +13,7 @@ from undiffuse.grid import check_levels
 from undiffuse.level import Level, transition
 from undiffuse.seeds import seed_of, uniform
 from undiffuse.solvers import Eval, Solver
+from undiffuse.tableau import trace
 from undiffuse.types import Denoise, InputError, require
 from undiffuse.types import Noise as NoiseLike
 
@@ -36,7 +37,7 @@ class Steered(NamedTuple):
     def drawn(self, seed: int = 0, first: int = 0) -> Tensor:
         """One particle of each group (n, *data), drawn by weight: a sample of the tilted distribution as K grows."""
         u = uniform(seed_of(seed, -1), torch.arange(first, first + len(self.x)))
-        return self.x[torch.arange(len(self.x)), systematic(self.log_weights.exp(), u)[1][:, 0].to(self.x.device)]
+        return self.x[torch.arange(len(self.x)), _found(self.log_weights.exp(), u[:, None])[:, 0].to(self.x.device)]
 
     def best(self, reward: Reward) -> Tensor:
         """The particle of highest reward of each group (n, *data)."""
@@ -53,9 +54,13 @@ def systematic(weights: Tensor, u: Tensor) -> Tensor:
     [[0, 0, 2, 3]]
     """
     k = weights.shape[1]
-    places = (torch.arange(k, dtype=torch.float64) + u.double()[:, None]) / k
-    edges = weights.double().cpu().cumsum(1)
-    last = (weights > 0).cpu().long().mul(torch.arange(1, k + 1)).amax(1, keepdim=True) - 1
+    return _found(weights, (torch.arange(k, dtype=torch.float64) + u.double()[:, None]) / k)
+
+
+def _found(weights: Tensor, places: Tensor) -> Tensor:
+    """The particles at `places` (n, m) in [0, 1) of the weights' running sums; none of weight 0."""
+    edges = weights.double().cumsum(1)
+    last = (weights > 0).long().mul(torch.arange(1, weights.shape[1] + 1)).amax(1, keepdim=True) - 1
     return torch.minimum(torch.searchsorted(edges, places, right=True), last)
 
 
@@ -71,6 +76,8 @@ def steer(
     threshold: float = 0.5,
     every: int = 1,
     scale: float = 1.0,
+    proposal: Denoise | None = None,
+    potential: Callable[[Tensor, Level], Tensor] | None = None,
     seed: int = 0,
     first: int = 0,
 ) -> Steered:
@@ -79,7 +86,10 @@ def steer(
 
     x (n K, *data) starts n groups of K = `particles` neighbouring rows at levels[0], and `noise` draws for all of them.
     `reward` (b, *data) -> (b,) is read at D(x): a particle's weight takes exp of its change from level to level, and
-    of its change to the final x at last, so that weights amount to exp(reward(x0)) whatever D is. Where a group's
+    of its change to the final x at last, so that weights amount to exp(reward(x0)) whatever D is. A `potential` (D(x),
+    level) -> (b,) takes the reward's place before the end, such as a likelihood that knows how uncertain D(x) is. If a
+    denoiser `proposal` is given, such as a restorer's, steps follow it and weights are corrected for that (algorithm 1
+    of TDS): the limit stays, and takes fewer particles; for solvers of one evaluation a step. Where a group's
     effective number of particles is below threshold K, at every `every`-th step, they are resampled systematically
     before they move on; threshold 0 only weighs. What is drawn for group g depends on (seed, first + g) and on its
     noise alone. The solver's first evaluation in a step is remembered: rewards cost none if it is made at x.
@@ -100,35 +110,58 @@ def steer(
     if len(x) == 0 or len(x) % particles:
         raise InputError(f"steer: {len(x)} rows are not whole groups of {particles} particles")
     levels, rises = check_levels(levels)
+    if threshold and not _draws(solver, levels):
+        raise InputError(
+            "steering needs a solver that draws noise, such as DDPM() or DDIM(eta=1), else copies of particles stay "
+            f"copies; {solver} draws none: take another, or threshold=0"
+        )
     n, k, dtype = len(x) // particles, particles, x.dtype
-    weights = _Weights(n, k, threshold)
-    past: list[Eval] = []
+    if proposal is not None and (solver.calls != 1 or getattr(solver, "adaptive", False)):
+        raise InputError(f"a proposal needs a solver of one evaluation a step such as DPMpp2M(eta=1.0), got {solver}")
+    weights, past, past_guided = _Weights(n, k, threshold), list[Eval](), list[Eval]()
     for i, up in enumerate(rises):
         now, then = levels[i], levels[i + 1]
         if up:
             keep, std = transition(now, then)
-            x, past = (keep * x + std * noise()).to(dtype), []
+            x, past, past_guided = (keep * x + std * noise()).to(dtype), [], []
             continue
-        known, count = denoise(x, now), _Counting(noise)
+        known = denoise(x, now)
         u = uniform(seed_of(seed, i), torch.arange(first, first + n))
-        rows = weights.update(scale * _value(reward, known), u if i % every == 0 else None)
+        value = _value(known, reward(known) if potential is None else potential(known, now))
+        rows = weights.update(scale * value, u if i % every == 0 else None)
         if rows is not None:
             rows = rows.to(x.device)
-            x, known, now = x[rows], known[rows], _picked(now, rows)
-            past = [Eval(_picked(e.level, rows), e.x[rows], e.x0[rows]) for e in past]
-        x, new = solver.step(_Remembered(denoise, x, now, known), x, now, then, past, count)
-        x, past = x.to(dtype), [new, *past][: solver.history]
-        if threshold and not count.draws and not then.is_clean:
-            raise InputError(
-                "steering needs a solver that draws noise, such as DDPM() or DDIM(eta=1), else copies of particles "
-                f"stay copies; {solver} draws none: take another, or threshold=0"
-            )
-    weights.update(scale * _value(reward, x), None)
+            x, known, past, past_guided = x[rows], known[rows], _picked(past, rows), _picked(past_guided, rows)
+        if proposal is None or then.is_clean:
+            x_then, new = solver.step(_Remembered(denoise, x, now, known), x, now, then, past, noise)
+        else:
+            guided, z, zero = proposal(x, now), noise(), torch.zeros_like(x)
+            mean, new = solver.step(lambda *_: known, x, now, then, past, lambda: zero)  # noqa: B023
+            meant, drawn = solver.step(lambda *_: guided, x, now, then, past_guided, lambda: zero)  # noqa: B023
+            std = _noise_gain(solver, now, then, past)
+            away = ((meant - mean) / std).double()  # log of N(x_then; mean, std^2) / N(x_then; meant, std^2)
+            weights.correct(-(away * z + away**2 / 2).flatten(1).sum(1).cpu())
+            x_then, past_guided = meant + std * z, [drawn, *past_guided][: solver.history]
+        x, past = x_then.to(dtype), [new, *past][: solver.history]
+    weights.update(scale * _value(x, reward(x)), None)
     return weights.result(x.reshape(n, k, *x.shape[1:]))
 
 
-def _value(reward: Reward, x0: Tensor) -> Tensor:
-    value = reward(x0).detach().double().cpu()
+def _picked(past: list[Eval], rows: Tensor) -> list[Eval]:
+    return [Eval(e.level, e.x[rows], e.x0[rows]) for e in past]
+
+
+def _noise_gain(solver: Solver, now: Level, then: Level, past: list[Eval]) -> Tensor:
+    """What a step adds to x' for its noise: the step of one from 0 with x0 = 0."""
+    zero, one = torch.zeros_like(now.alpha), torch.ones_like(now.alpha)
+    std, _ = solver.step(lambda *_: zero, zero, now, then, [Eval(e.level, zero, zero) for e in past], lambda: one)
+    if not bool((std > 0).all()):
+        raise InputError(f"a proposal needs a solver that draws noise in every step but the last: {solver} does not")
+    return std
+
+
+def _value(x0: Tensor, value: Tensor) -> Tensor:
+    value = value.detach().double().cpu()
     if value.shape != (len(x0),) or not bool(torch.isfinite(value).all()):
         raise InputError(
             f"a reward makes ({len(x0)},) finite numbers of {len(x0)} samples, got shape {tuple(value.shape)}, or "
@@ -165,24 +198,21 @@ class _Weights:
         self.log_w, self.value = torch.where(low[:, None], 0.0, self.log_w), self.value.gather(1, ancestors)
         return (ancestors + k * torch.arange(n)[:, None]).flatten()
 
+    def correct(self, log_ratio: Tensor) -> None:
+        """Weigh by the ratio of what was meant to be drawn and what was (n K,)."""
+        self.log_w = self.log_w + log_ratio.reshape(self.log_w.shape)
+
     def result(self, x: Tensor) -> Steered:
         log_norm = self.log_norm + self._log_mean()
         return Steered(x, self.log_w.log_softmax(1), log_norm, torch.stack(self.ess), torch.stack(self.resampled))
 
 
-def _picked(level: Level, rows: Tensor) -> Level:
-    return Level(level.alpha[rows], level.sigma[rows]) if level.alpha.ndim else level
-
-
-class _Counting:
-    """Noise that counts its draws."""
-
-    def __init__(self, noise: NoiseLike) -> None:
-        self.draws, self._noise = 0, noise
-
-    def __call__(self) -> Tensor:
-        self.draws += 1
-        return self._noise()
+def _draws(solver: Solver, levels: Sequence[Level]) -> bool:
+    """Whether a chain draws noise, as far as its table tells; those that have none are taken to."""
+    try:
+        return trace(solver, levels).draws > 0
+    except InputError:
+        return True
 
 
 class _Remembered:
