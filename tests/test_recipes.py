@@ -95,20 +95,21 @@ def data_of(data, model, many):
 
 
 def test_the_recipe_for_filling_in_learns_to(tmp_path):
-    """On digits, whose hidden half is nearer to the truth where the known half is theirs than where it is another's."""
+    """On digits: the hidden middle is nearer to the truth where what is known is theirs than where it is another's."""
     layer = {"out": str(tmp_path / "inpaint"), "held_out": TEST, "data": {"name": "digits"}, "sample": {"steps": 10}}
-    layer["train"] = {"steps": 250, "batch": 32, "warmup": 10}
+    layer |= {"train": {"steps": 200, "batch": 32, "warmup": 10}, "net": {"width": 32}}
     config = Config.resolve(Config.read(RECIPES / "inpaint.toml"), layer)
     fit(config)
     model, x = Model.load(tmp_path / "inpaint"), RunData.of(config).held_out.x
     known = torch.ones(1, 1, 8, 8)
-    known[..., :4] = 0
+    known[..., 2:6, 2:6] = 0
     own, other = (
         edit(model, pictures, Inpaint(known, by="net"), seed=1).results["result"] for pictures in (x, x.roll(7, 0))
     )
-    error, off = (float((found - x)[..., :4].square().mean()) for found in (own, other))
-    assert torch.equal(own[..., 4:], x[..., 4:])
-    assert error < 0.75 * off, (error, off)
+    error, off = (float((found - x)[..., 2:6, 2:6].square().mean()) for found in (own, other))
+    here = known.expand_as(x) == 1
+    assert torch.equal(own[here], x[here])
+    assert error < 0.8 * off, (error, off)
 
 
 def test_every_recipe_of_the_benchmark_says_what_it_is_told():

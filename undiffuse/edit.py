@@ -303,11 +303,13 @@ def _restored(how: How, by: str, problem: Problem) -> Tensor:
     if by not in RESTORERS:
         raise InputError(f"by = {by!r}: {did_you_mean(by, RESTORERS)} there are {', '.join(RESTORERS)}")
     use = {k: v for k, v in how.sampler().items() if v is not None}
+    # all operators here are linear
+    method = DAPS(exact=True, prior_std=how.model.spectrum.std) if by == "daps" else RESTORERS[by]()
     return restore(
         how.denoiser,
         problem,
         how.model.schedule,
-        method=DAPS(exact=True) if by == "daps" else RESTORERS[by](),  # all operators here are linear
+        method=method,
         cond=None if how.target is None else how.target.to(how.model.device),
         guidance=1.0 if how.target is None else how.guidance,
         seed=how.seed,
