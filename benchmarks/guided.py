@@ -38,13 +38,14 @@ from undiffuse.model import Model
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "guidance"
 COMMON = (
-    "optimiser=muon train.lr=5e-3 train.warmup=40 train.precision=bf16 train.batch=64 engine.device=cpu eval.every=0 "
-    "track=none data=fashion-mnist net.kind=unet net.patch=2 levels.kind=uniform-lam"
+    "optimiser=muon train.lr=5e-3 train.warmup=40 train.precision=bf16 engine.device=cpu eval.every=0 track=none "
+    "data=fashion-mnist net.kind=unet net.patch=2 levels.kind=uniform-lam"
 )
 TRAININGS = {
     "fashion": f"{COMMON} levels.lam_min=-4 levels.lam_max=3 grid.lam_max=3 train.snapshots=16 net.width=48 "
-    "net.mults=[1,2] net.depth=1 train.steps=6500",
-    "reader": f"kind=classifier {COMMON}",
+    "net.mults=[1,2] net.depth=1 train.steps=6500 train.batch=64",
+    "reader": f"kind=classifier {COMMON} levels.lam_min=-6 levels.lam_max=4 net.width=32 net.mults=[1,2,2] "
+    "train.steps=2800 train.batch=128 held_out=2048",
 }
 INTERVAL, UNTIL = (-1.0, 3.0), 0.0625  # of lam; a share of the training, the first of 16 snapshots
 CONFIRMED = ("CFG", "interval", "autoguidance")
