@@ -22,7 +22,8 @@ from arguments import given
 from undiffuse.config import Config, parse_overrides
 from undiffuse.evals.classifier import load_classifier
 from undiffuse.fit import fit
-from undiffuse.model import SHIPPED, Model
+from undiffuse.model import Model
+from undiffuse.runfolder import SHIPPED
 
 LARGEST = 10_000_000
 RANK = 64  # directions of the data's spectrum that are shipped

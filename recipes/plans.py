@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 
-from undiffuse.model import SHIPPED, Model, shipped
+from undiffuse.model import Model
 from undiffuse.plans import keep, made_for, plan_name
+from undiffuse.runfolder import SHIPPED, shipped
 from undiffuse.tune import Result
 
 NFE = (4, 5, 6, 8, 10)

@@ -13,7 +13,7 @@ from tests.group import together
 from undiffuse import ClassifierModel, InputError, Level, Model
 from undiffuse.config import Config, parse_overrides
 from undiffuse.fit import fit
-from undiffuse.model import fingerprint
+from undiffuse.runfolder import fingerprint
 from undiffuse.train.track import flat
 
 TINY = ["net.width=16", "train.batch=16", "train.warmup=0", "track=none"]

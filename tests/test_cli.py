@@ -17,7 +17,8 @@ from PIL import Image
 from undiffuse import DPMpp2M, Model, Spectrum, cli, trace
 from undiffuse.config import Config
 from undiffuse.data import load_data
-from undiffuse.model import assemble, find_run, shipped
+from undiffuse.model import assemble
+from undiffuse.runfolder import find_run, shipped
 from undiffuse.train.track import PACKAGES
 
 TINY = ["net.width=16", "train.steps=6", "train.batch=16", "train.every=3", "train.warmup=0"]
@@ -68,7 +69,7 @@ def models(monkeypatch, tmp_path):
         put_model(folder / name, seed)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr("undiffuse.model.SHIPPED", folder)
+    monkeypatch.setattr("undiffuse.runfolder.SHIPPED", folder)
     return folder
 
 

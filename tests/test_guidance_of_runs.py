@@ -61,3 +61,37 @@ def test_kinds_of_guidance_by_configuration(run, trained, tmp_path, kind):
     assert code == 0, err
     code, _, err = run(*words, "--nfe", 3, "--out", tmp_path / "a.npy")
     assert code == 0, err
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    out = tmp_path_factory.mktemp("guided") / "reader"
+    words = "kind=classifier net.width=16 train.steps=12 train.batch=16 eval.every=0 track=none"
+    fit(Config.resolve(parse_overrides(words.split()), {"out": str(out)}))
+    return out
+
+
+def test_classifier_guidance_on_the_command_line(run, trained, reader, tmp_path):
+    words = ["sample", trained, "--class", "3", "-n", 2, "sample.steps=2", "guidance=classifier", "guidance.w=4"]
+    code, out, err = run(*words, f"guidance.run={reader}", "--out", tmp_path / "a.npy", "--json")
+    assert code == 0, err
+    for more, said in (
+        ([], "which classifier: guidance.run=RUN"),
+        ([f"guidance.run={trained}"], "holds a denoiser"),
+        (["guidance.run=nowhere"], "nowhere does not exist"),
+        ([f"guidance.run={reader}", "guidance.base=both"], "guidance.base"),
+    ):
+        code, out, err = run(*words, *more, "--out", tmp_path / "b.npy")
+        assert (code, said in err) == (2, True), err
+    assert not (tmp_path / "b.npy").exists()
+
+
+def test_a_classifier_of_other_data_is_refused(trained, reader):
+    from undiffuse import ClassifierGuidance
+
+    model = undiffuse.load("mnist")
+    with pytest.raises(InputError, match="train it with the same data"):
+        model.guide(ClassifierGuidance(2.0, run=str(reader)))
+    guide = undiffuse.load(trained).guide(ClassifierGuidance(2.0, run=str(reader)))
+    level = undiffuse.Level.at(0.0)
+    assert guide.classifier(torch.zeros(2, 1, 8, 8), level).shape == (2, 10)

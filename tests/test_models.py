@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from undiffuse.evals.classifier import load_classifier
-from undiffuse.model import SHIPPED, Model, shipped
+from undiffuse.model import Model
+from undiffuse.runfolder import SHIPPED, shipped
 from undiffuse.train import verify
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tests.test_cli import put_model
 from undiffuse import VP, InputError, Modal, Model, Tableau, UniformLam, UniPC, read_plan, spectral, trace
 from undiffuse.config import Config
-from undiffuse.model import SHIPPED, find_run, fingerprint, shipped
 from undiffuse.plans import plan_for, plan_name
+from undiffuse.runfolder import SHIPPED, find_run, fingerprint, shipped
 from undiffuse.tableau import made_for
 from undiffuse.tune import reference
 

@@ -17,8 +17,8 @@ from undiffuse.config import Config
 from undiffuse.data import Data, Statistics
 from undiffuse.evals import calibration
 from undiffuse.level import Level
-from undiffuse.model import average_file, finished, take_average
 from undiffuse.precond import EDMPrecond
+from undiffuse.runfolder import average_file, finished, take_average
 from undiffuse.sample import Noise
 from undiffuse.schedule import Schedule
 from undiffuse.spectrum import Spectrum

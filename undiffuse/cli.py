@@ -45,10 +45,11 @@ from undiffuse.fit import check, fit
 from undiffuse.guide import Guidance, guide_of, prepared
 from undiffuse.level import Level
 from undiffuse.modal import read_plan
-from undiffuse.model import Model, comes_along, find_run, nearest_run, run_folder, shipped
+from undiffuse.model import Model
 from undiffuse.nets import presets
 from undiffuse.plans import Kept, check_plan, kept_plan, made_for, own, plan_for
 from undiffuse.restore import RESTORERS
+from undiffuse.runfolder import comes_along, find_run, nearest_run, run_folder, shipped
 from undiffuse.train import Lost, NonFinite, Preempted, Processes, Signals, TrainState
 from undiffuse.tuning import tune_run
 from undiffuse.types import InputError

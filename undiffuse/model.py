@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +10,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from undiffuse.classifier_model import ClassifierModel
+from undiffuse.classify import Classifier
 from undiffuse.cond import Cond, Conditioned, Encoders, Given, Label, in_turn, prompt
 from undiffuse.conditions import told, value_of, whole
 from undiffuse.config import Config
@@ -23,97 +22,15 @@ from undiffuse.denoise import Denoiser
 from undiffuse.grid import Grid
 from undiffuse.guide import CFG, Guidance, guide_of
 from undiffuse.modal import Modal
+from undiffuse.runfolder import average_file, comes_along, finished, take_average
 from undiffuse.sample import State, sample
 from undiffuse.schedule import Schedule
 from undiffuse.solvers import Solver
 from undiffuse.spectrum import Spectrum
 from undiffuse.tableau import Tableau
-from undiffuse.train import MANIFEST, Snapshots, commit, load_weights, verify, weights
+from undiffuse.train import commit, load_weights, weights
 from undiffuse.tune import Choice, Report, Result, auto, ladder
 from undiffuse.types import Denoise, InputError, Plan, did_you_mean
-
-SHIPPED = Path(__file__).parent / "models"
-
-
-def shipped() -> tuple[str, ...]:
-    """The names of the models that come with the package; recipes/models.py trains them."""
-    return tuple(sorted(path.parent.name for path in SHIPPED.glob("*/model")))
-
-
-def _expanded(target: str | Path) -> Path:
-    """The path with ~ replaced, where there is such a home."""
-    return Path(os.path.expanduser(target))
-
-
-def find_run(target: str | Path) -> Path | None:
-    """The run folder that is meant: the path itself, else runs/NAME, else the model NAME that comes along; or None."""
-    here = _expanded(target)
-    for path in (here,) if here.exists() else (Path("runs") / target, SHIPPED / target):
-        if (path / "model").is_dir() or (path / "config.toml").is_file():
-            return path
-    return None
-
-
-def comes_along(run: Path) -> bool:
-    """Whether the run folder is that of a model that comes with the package."""
-    return run.resolve().parent == SHIPPED.resolve()
-
-
-def nearest_run(target: str | Path) -> str:
-    """Which name of a model that comes along, or of a run in runs/, may have been meant, as a question; else ""."""
-    runs = [config.parent for config in Path("runs").glob("*/config.toml")]
-    return did_you_mean(str(target), [*shipped(), *(run.name for run in runs), *map(str, runs)])
-
-
-def run_folder(run: str | Path) -> Path:
-    """The folder that `find_run` finds; InputError where there is none."""
-    found = find_run(run)
-    if found is None and not _expanded(run).exists():
-        todo = (
-            f"train one with `undiffuse train out={run}`, or take one of the models that come along: "
-            f"{', '.join(shipped())}"
-        )
-        raise InputError(f"run folder {run} does not exist: " + f"{nearest_run(run)} {todo}".lstrip())
-    if found is None:
-        raise InputError(f"{run} is no run folder: train one with `undiffuse train out=FOLDER`")
-    return found
-
-
-def finished(run: str | Path) -> tuple[Path, Path]:
-    """A run's folder, and in it the folder of its model, which verifies; InputError where there is none."""
-    found = run_folder(run)
-    if not (found / "model").is_dir():
-        raise InputError(f"{run} has no finished model: run its training command again, it goes on where it stopped")
-    verify(found / "model")
-    return found, found / "model"
-
-
-def take_average(module: nn.Module, run: Path, config: Config, ema: float | None, until: float = 1.0) -> float:
-    """Give the module the average of this length, or of the run's own, which it returns, after the share `until` of the
-    training or the snapshot nearest to it; rebuilt from the run's snapshots, with a warning where it is not near."""
-    snapshots, end = Snapshots(run / "averages"), config.section("train").steps
-    length = config.values["ema"].get("length") if ema is None else ema
-    if length is None:
-        raise InputError(f"{run} has an average of no length: say which, such as ema=0.1")
-    if until < 1:
-        end = min(snapshots.steps(), key=lambda step: abs(step - until * end), default=end)
-    state, fit = snapshots.average(length, end)
-    load_weights(module, state)
-    if fit.error > 0.02:
-        there = f"the run's snapshots give the average of length {length:g} to within {100 * fit.error:.0f} % only"
-        warnings.warn(f"{there}: train with more of them", stacklevel=3)
-    return float(length)
-
-
-def average_file(config: Config) -> str:
-    """The name of the file with a model's averaged weights."""
-    return f"ema-{'-'.join(str(value) for value in config.values['ema'].values())}.safetensors"
-
-
-def fingerprint(run: str | Path) -> str:
-    """The hash of a finished model's hashes."""
-    manifest = json.loads((Path(run) / "model" / MANIFEST).read_text())
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -381,6 +298,19 @@ class Model:
             )
         weak = Model.load(run or str(self.folder), ema or None, until).denoiser.to(self.device)
         return weak
+
+    def classifier(self, run: str) -> Classifier:
+        """The classifier of noisy data in a run; InputError where there is none, or one of other data or classes."""
+        if not run:
+            raise InputError("which classifier: guidance.run=RUN, a run that `undiffuse train kind=classifier` made")
+        found = ClassifierModel.load(run)
+        own, its = (self.shape, self.classes, self.scale), (found.shape, found.classes, found.scale)
+        if own != its:
+            raise InputError(
+                f"the classifier in {run} reads samples of {its[0]} in {its[1]} classes, this model makes "
+                f"{own[0]} in {own[1]}: train it with the same data settings"
+            )
+        return found.classifier.to(self.device)
 
     @torch.no_grad()
     def _ahead(self, encoders: Encoders, given: Given, rows: int) -> Given:

@@ -14,7 +14,8 @@ from undiffuse.config import Config
 from undiffuse.data.source import digest
 from undiffuse.guide import CFG
 from undiffuse.modal import Modal, read_plan
-from undiffuse.model import Model, comes_along, fingerprint, run_folder
+from undiffuse.model import Model
+from undiffuse.runfolder import comes_along, fingerprint, run_folder
 from undiffuse.tableau import Tableau
 from undiffuse.tune import Choice
 from undiffuse.types import InputError

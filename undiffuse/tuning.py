@@ -21,8 +21,9 @@ from undiffuse.evaluation.report import writable
 from undiffuse.guide import CFG, Guidance
 from undiffuse.level import Level
 from undiffuse.modal import Modal
-from undiffuse.model import Model, run_folder
+from undiffuse.model import Model
 from undiffuse.plans import TUNED, keep, kept_plan, made_for, own, plan_name
+from undiffuse.runfolder import run_folder
 from undiffuse.solvers import DPMpp2M
 from undiffuse.tableau import trace
 from undiffuse.train import commit

@@ -147,7 +147,8 @@ def minutes(most: int = 2000) -> str:
     import torch
     from score import labels, scores
 
-    from undiffuse.model import SHIPPED, Model
+    from undiffuse.model import Model
+    from undiffuse.runfolder import SHIPPED
 
     peers = {}
     for info in sorted((ROOT / "peers").glob("*-1800/info.json")):

@@ -12,7 +12,8 @@ import torch
 from undiffuse.conditions import FILES
 from undiffuse.config import DEFAULTS, Config
 from undiffuse.modal import read_plan
-from undiffuse.model import Model, fingerprint, run_folder
+from undiffuse.model import Model
+from undiffuse.runfolder import fingerprint, run_folder
 from undiffuse.train import sha256
 from undiffuse.types import InputError
 

@@ -21,7 +21,8 @@ from undiffuse.bulk.job import Job
 from undiffuse.cond import in_turn
 from undiffuse.config import Config
 from undiffuse.modal import read_plan
-from undiffuse.model import Model, fingerprint
+from undiffuse.model import Model
+from undiffuse.runfolder import fingerprint
 from undiffuse.sample import State
 from undiffuse.train import NonFinite, replace_bytes, sha256
 from undiffuse.types import InputError
