@@ -497,8 +497,30 @@ def test_tableaux_run_restorers_as_the_driver_does(name):
     assert torch.allclose(trace(DPMpp2M(), levels).run(restored, x), expected, atol=1e-8)
 
 
+def test_restore_walks_the_method_along_the_grid_with_the_noise_of_the_samples():
+    problem, seen = Problem(Downsample(2), draw(3, 2, 2, 2, seed=6), STD), []
+    found = restore(
+        picture_prior(),
+        problem,
+        VP(),
+        steps=5,
+        seed=4,
+        first=7,
+        dtype=torch.float64,
+        progress=lambda s: seen.append(s.nfe),
+    )
+    noise, levels = Noise((3, *IMAGE), 4, range(7, 10), torch.float64), UniformLam()(VP(), 5)
+    x = levels[0].sigma * noise()
+    assert torch.equal(found, drain(trajectory(MMPS()(picture_prior(), problem), x, levels, DDPM(), noise)))
+    assert seen == [1, 2, 3, 4, 5]
+    daps, noise = DAPS(2, exact=True), Noise((3, *IMAGE), 4, range(7, 10), torch.float64)
+    found = restore(picture_prior(), problem, VP(), method=daps, steps=5, seed=4, first=7, dtype=torch.float64)
+    x = levels[0].sigma * noise()
+    assert torch.equal(found, drain(trajectory(picture_prior(), x, levels, daps.solver(problem), noise)))
+
+
 def test_daps_cannot_be_traced():
-    with pytest.raises(InputError, match="data: it cannot be traced"):
+    with pytest.raises(InputError, match="DAPSSolver chooses its steps from the data: it cannot be traced"):
         trace(DAPS(exact=True).solver(Problem(Matrix(A), draw(1, M), STD)), at([0.0, 1.0]))
 
 
@@ -567,6 +589,10 @@ def test_bad_input_is_named():
         (lambda: DPS().prepared(levels)(PRIOR, problem)(draw(2, D), Level.at(0.5)), "other levels"),
         (lambda: DAPS().solver(Problem(Matrix(A), draw(2, M))), "std = 0"),
         (lambda: restore(PRIOR, problem, Flow(), method=DAPS(prior_std=math.inf)), "prior_std"),
+        (
+            lambda: restore(PRIOR, Problem(Matrix(30 * A), draw(2, M), STD), VP(), method=DAPS(langevin=500)),
+            "lower rate",
+        ),
         (lambda: restore(PRIOR, problem, VP(), method=DAPS(), solver=DDIM()), "DAPS is a solver"),
         (lambda: restore(PRIOR, problem, VP(), method=MMPS), "instance"),
         (lambda: restore(PRIOR, problem, VP(), batch=-1), "batch"),

@@ -53,11 +53,13 @@ class DAPS:
             problem.linear_for(self)
         elif problem.std == 0:
             raise InputError("DAPS takes Langevin steps of size 0 at std = 0: give a small std, or DAPS(exact=True)")
-        return _Solver(self, problem)
+        return DAPSSolver(self, problem)
 
 
 @dataclass(frozen=True, eq=False)
-class _Solver:
+class DAPSSolver:
+    """One step of DAPS on a problem; see `DAPS`."""
+
     method: DAPS
     problem: Problem
     adaptive: ClassVar[bool] = True  # steps depend on the data
@@ -107,6 +109,8 @@ class _Solver:
                 (uphill,) = torch.autograd.grad(problem.residual(at).square().sum() / (-2 * var_y), at)
             drift = (x0_hat - x0) / variance + uphill
             x0 = (x0 + size * drift + (2 * size).sqrt() * noise()).to(x0.dtype)
+        if not bool(torch.isfinite(x0).all()):
+            raise InputError(f"DAPS: Langevin steps diverged as the operator is steep: lower rate = {self.method.rate}")
         return x0
 
 
