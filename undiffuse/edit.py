@@ -53,6 +53,9 @@ from undiffuse.solvers import Solver
 from undiffuse.types import Denoise, InputError, did_you_mean, require
 
 Columns = dict[str, Tensor]
+# of DAPS's white noise in units of the data's std: pictures that are likely given a noisy one differ in few directions,
+# and more noise in all of them leaves the pictures that the model knows
+SPREAD = 0.15
 
 
 class Edited(NamedTuple):
@@ -72,7 +75,7 @@ class How:
     model: Model
     target: Given | Cond | None
     source: Given | Cond | None
-    guidance: Guidance | float | Mapping[str, float]
+    guidance: Guidance
     solver: Solver | None
     steps: int | None
     grid: Grid
@@ -304,7 +307,7 @@ def _restored(how: How, by: str, problem: Problem) -> Tensor:
         raise InputError(f"by = {by!r}: {did_you_mean(by, RESTORERS)} there are {', '.join(RESTORERS)}")
     use = {k: v for k, v in how.sampler().items() if v is not None}
     # all operators here are linear
-    method = DAPS(exact=True, prior_std=how.model.spectrum.std) if by == "daps" else RESTORERS[by]()
+    method = DAPS(exact=True, prior_std=SPREAD * how.model.spectrum.std) if by == "daps" else RESTORERS[by]()
     return restore(
         how.denoiser,
         problem,
@@ -474,7 +477,7 @@ def edit(
         model,
         target,
         source,
-        model.config.build("guidance") if guidance is None else guidance,
+        CFG() if target is None and guidance is None else model.guide(guidance),
         solver,
         steps,
         grid or model.config.build("grid"),
