@@ -182,6 +182,13 @@ def test_a_constant_reward_changes_nothing():
     assert torch.allclose(found.ess, torch.full_like(found.ess, 4.0))
 
 
+def test_no_graph_is_kept():
+    weight = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    noise = Noise((8, 2), dtype=torch.float64)
+    found = steer(lambda x, level: weight * PRIOR(x, level), noise(), LEVELS, DDPM(), noise, reward, particles=4)
+    assert not found.x.requires_grad
+
+
 def test_rewards_cost_no_evaluations():
     for solver, calls in ((DDPM(), 1), (DPMpp2M(eta=1.0), 1), (PredictorCorrector(corrections=2), 3)):
         count, noise = Counter(PRIOR), Noise((8, 2), dtype=torch.float64)

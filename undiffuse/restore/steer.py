@@ -64,6 +64,7 @@ def _found(weights: Tensor, places: Tensor) -> Tensor:
     return torch.minimum(torch.searchsorted(edges, places, right=True), last)
 
 
+@torch.no_grad()
 def steer(
     denoise: Denoise,
     x: Tensor,
@@ -84,7 +85,8 @@ def steer(
     """Samples of p(x0) exp(scale reward(x0)) in the limit of many particles, p being what the solver samples; without
     gradients of the reward.
 
-    x (n K, *data) starts n groups of K = `particles` neighbouring rows at levels[0], and `noise` draws for all of them.
+    x (n K, *data) starts n groups of K = `particles` neighbouring rows at levels[0], and `noise` draws for all of them;
+    conditions, observations and levels are the same for all rows of a group.
     `reward` (b, *data) -> (b,) is read at D(x): a particle's weight takes exp of its change from level to level, and
     of its change to the final x at last, so that weights amount to exp(reward(x0)) whatever D is. A `potential` (D(x),
     level) -> (b,) takes the reward's place before the end, such as a likelihood that knows how uncertain D(x) is. If a
