@@ -42,11 +42,11 @@ from undiffuse import (
     Thresholded,
     UniformLam,
     UniformT,
-    effective_scale,
-    trajectory,
+    sample,
 )
 from undiffuse.evals import sliced
-from undiffuse.guide import Guidance, prepared
+from undiffuse.guide import Guidance
+from undiffuse.guide.effective import Watched
 from undiffuse.restore import steer
 from undiffuse.restore.steer import systematic
 from undiffuse.solvers import DPMpp2M, PredictorCorrector, Solver
@@ -123,21 +123,12 @@ METHODS = (
 
 def sampled(method: Method, w: float, n: int = N, seed: int = 0) -> tuple[Tensor, float]:
     """Samples (n, 2) of class 0, and the effective scale over all samples and evaluations."""
-    levels = method.grid(method.schedule, STEPS)
-    cond, sums = Label(3)([0] * n), torch.zeros(2).double()
-    bound = prepared(method.guide(w), levels)(DATA, cond)
-
-    def denoise(x: Tensor, level: Level) -> Tensor:
-        guided, c, u = bound(x, level), DATA(x, level, cond), DATA(x, level)
-        size = (c - u).double().square().sum(1)
-        sums.add_(torch.stack([(effective_scale(guided, c, u) * size).sum(), size.sum()]))
-        return guided
-
-    noise = Noise((n, 2), seed, dtype=torch.float64)
-    x = levels[0].sigma * noise()
-    for state in trajectory(denoise, x, levels, method.solver, noise):
-        x = state.x
-    return x, float(sums[0] / sums[1])
+    watched = Watched(method.guide(w))
+    x = sample(
+        DATA, (n, 2), method.schedule, steps=STEPS, solver=method.solver, grid=method.grid, cond=Label(3)([0] * n),
+        guidance=watched, seed=seed, dtype=torch.float64,
+    )  # fmt: skip
+    return x, watched.scale
 
 
 def steered(w: float, n: int, seed: int = 0) -> Tensor:
@@ -195,7 +186,7 @@ def main() -> None:
     text = (
         f"1000 x sliced Wasserstein distance of {N:,} samples of class 0 to p(x) p(c | x)^w: three classes of two "
         f"Gaussians each, exact denoisers, {STEPS} steps of DPM-Solver++(2M) unless another solver is named. The last "
-        "column has the effective scales (`effective_scale`, by the squares of the difference) at these w.\n\n"
+        "column has the effective scales (`guide/effective.py`) at these w.\n\n"
         + table(["guidance", *(f"w = {w:g}" for w in WEIGHTS), "effective scales"], rows)
         + "\n\nw = 1 is p(x | c), which every kind keeps but CFG++, which has no such scale. Above, no guidance of "
         "the denoiser samples the target, which the exact classifier shows: it is CFG, to rounding. Noise in the steps "

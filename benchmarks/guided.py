@@ -25,14 +25,14 @@ import torch
 from common import table, write
 from torch import Tensor
 
-from undiffuse import APG, CFG, Autoguidance, CFGpp, ClassifierGuidance, Level, Rescale, effective_scale, sample
+from undiffuse import APG, CFG, Autoguidance, CFGpp, ClassifierGuidance, Rescale, sample
 from undiffuse.config import Config, parse_overrides
 from undiffuse.data.picture import to_float
-from undiffuse.denoise import FixedRows
 from undiffuse.evals import extract, frechet, open_features, precision, recall
 from undiffuse.evaluation.open import data_of_run
 from undiffuse.fit import fit
-from undiffuse.guide import Guidance, prepared
+from undiffuse.guide import Guidance
+from undiffuse.guide.effective import Watched
 from undiffuse.model import Model
 
 ROOT = Path(__file__).parents[1]
@@ -105,35 +105,11 @@ def drawn(s: Set, guide: Guidance, n: int, seed: int, batch: int = 256) -> Tenso
     return torch.cat(out)
 
 
-def scale_of(s: Set, guide: Guidance, n: int = 64, seed: int = 9) -> float:
-    """The effective scale over n samples and their evaluations, by the squares of the difference."""
-    cond, sums = s.told(0, n), torch.zeros(2).double()
-    model = FixedRows(s.model.denoiser, 64)
-
-    @dataclass(frozen=True)
-    class Watched:
-        inner: Guidance
-
-        def prepared(self, levels: Sequence[Level], rows: int) -> Watched:
-            return Watched(prepared(self.inner, levels, rows))
-
-        def __call__(self, m: Any, c: Any) -> Any:
-            bound = self.inner(m, c)
-
-            def denoise(x: Tensor, level: Level) -> Tensor:
-                guided, with_it, without = bound(x, level), model(x, level, c), model(x, level, c.null())
-                size = (with_it - without).double().flatten(1).square().sum(1)
-                sums.add_(torch.stack([(effective_scale(guided, with_it, without) * size).sum(), size.sum()]))
-                return guided
-
-            return denoise
-
-    config = s.model.config
-    sample(
-        s.model.denoiser, (n, *s.model.shape), s.model.schedule, steps=config.section("sample").steps, seed=seed,
-        solver=config.build("solver"), grid=config.build("grid"), cond=cond, guidance=Watched(guide), rows=64,
-    )  # fmt: skip
-    return float(sums[0] / sums[1])
+def scale_of(s: Set, guide: Guidance, n: int = 64) -> float:
+    """The effective scale over n samples and their evaluations."""
+    watched = Watched(guide)
+    drawn(s, watched, n, 9)
+    return watched.scale
 
 
 def scores(s: Set, guide: Guidance, n: int, seed: int) -> dict[str, float]:

@@ -73,7 +73,7 @@ def reader(tmp_path_factory):
 
 def test_classifier_guidance_on_the_command_line(run, trained, reader, tmp_path):
     words = ["sample", trained, "--class", "3", "-n", 2, "sample.steps=2", "guidance=classifier", "guidance.w=4"]
-    code, out, err = run(*words, f"guidance.run={reader}", "--out", tmp_path / "a.npy", "--json")
+    code, _, err = run(*words, f"guidance.run={reader}", "--out", tmp_path / "a.npy", "--json")
     assert code == 0, err
     for more, said in (
         ([], "which classifier: guidance.run=RUN"),
@@ -81,7 +81,7 @@ def test_classifier_guidance_on_the_command_line(run, trained, reader, tmp_path)
         (["guidance.run=nowhere"], "nowhere does not exist"),
         ([f"guidance.run={reader}", "guidance.base=both"], "guidance.base"),
     ):
-        code, out, err = run(*words, *more, "--out", tmp_path / "b.npy")
+        code, _, err = run(*words, *more, "--out", tmp_path / "b.npy")
         assert (code, said in err) == (2, True), err
     assert not (tmp_path / "b.npy").exists()
 
