@@ -87,12 +87,8 @@ def paired(
     `net` is the network inside. More `cross` keeps the layout of what words mean, more `own` that of the whole
     picture. InputError for a network without attention, and for shares out of range.
     """
-    for name, share in (("cross", cross), ("own", own)):
-        require(0 <= share <= 1, name, share, "a share of the steps from 0 to 1")
-    if not any(True for _ in _projections(net, True, True)):
-        raise InputError(
-            "prompt-to-prompt keeps attention maps, and this network has no attention: use inversion alone"
-        )
+    check_shares(cross, own)
+    check_attention(net)
     lams = [float(level.lam) for level in levels[:-1]]
     until = [len(lams) if share == 1 else round(share * len(lams)) for share in (cross, own)]
     ends = [-torch.inf if n == 0 else lams[n - 1] for n in until]
