@@ -75,6 +75,16 @@ Evaluations = Annotated[
     int | None,
     typer.Option("--nfe", help="by the sampler of so many evaluations that suits the model; sought once, then kept"),
 ]
+ToldPictures = Annotated[list[str] | None, typer.Option(help="a picture's file; again: in turn")]
+ToldDepths = Annotated[list[str] | None, typer.Option(help="a depth map: a picture, or a .npy; again: in turn")]
+ToldLayouts = Annotated[
+    list[str] | None, typer.Option(help="a mask of class numbers: a picture, or a .npy; again: in turn")
+]
+ToldSounds = Annotated[list[str] | None, typer.Option(help="a sound's file, such as a .wav; again: in turn")]
+ToldOthers = Annotated[
+    list[str] | None, typer.Option(help="NAME=VALUE for a condition of any other name; again: in turn")
+]
+Weights = Annotated[str | None, typer.Option(help="guidance weights of several conditions, such as depth=1.5,text=4")]
 plans = typer.Typer(no_args_is_help=True, help="Saved samplers: tables of coefficients, as `sample --nfe` keeps them.")
 app.add_typer(plans, name="plan")
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings as key=value; see `undiffuse info config`")]
@@ -259,18 +269,12 @@ def sample(
     prompts: Annotated[
         list[str] | None, typer.Option("--text", help='a prompt, such as "a (red:1.3) car --no wheels"; again: in turn')
     ] = None,
-    image: Annotated[list[str] | None, typer.Option(help="a picture's file; again: in turn")] = None,
-    depth: Annotated[list[str] | None, typer.Option(help="a depth map: a picture, or a .npy; again: in turn")] = None,
-    segmentation: Annotated[
-        list[str] | None, typer.Option(help="a mask of class numbers: a picture, or a .npy; again: in turn")
-    ] = None,
-    audio: Annotated[list[str] | None, typer.Option(help="a sound's file, such as a .wav; again: in turn")] = None,
-    given: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE for a condition of any other name; again: in turn")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="guidance weights of several conditions, such as depth=1.5,text=4")
-    ] = None,
+    image: ToldPictures = None,
+    depth: ToldDepths = None,
+    segmentation: ToldLayouts = None,
+    audio: ToldSounds = None,
+    given: ToldOthers = None,
+    weights: Weights = None,
     out: Annotated[
         Path | None, typer.Option(help="a .png (images) or .npy file, or a folder for shards; default RUN/samples/")
     ] = None,
@@ -301,9 +305,7 @@ def sample(
     named = {"text": prompts, "image": image, "depth": depth, "segmentation": segmentation, "audio": audio}
     words = _words(named, given)
     if weights is not None:
-        if "guidance" in layer:
-            raise InputError("--weights has a guidance weight for each condition: leave out guidance, or --weights")
-        layer["guidance"] = _composed(weights)
+        layer["guidance"] = _composed(weights, layer)
     n = _number(number, layer)
     if n is not None and isinstance(layer.setdefault("sample", {}), dict):
         layer["sample"]["n"] = n
@@ -430,19 +432,13 @@ def edit(
     from_label: Annotated[str | None, typer.Option("--from-label", "--from-class", help="the class they have")] = None,
     prompts: Annotated[list[str] | None, typer.Option("--text", help="what they shall show; again: in turn")] = None,
     from_text: Annotated[list[str] | None, typer.Option("--from-text", help="what they show; again: in turn")] = None,
-    image: Annotated[list[str] | None, typer.Option(help="a picture's file; again: in turn")] = None,
-    depth: Annotated[list[str] | None, typer.Option(help="a depth map: a picture, or a .npy; again: in turn")] = None,
-    segmentation: Annotated[
-        list[str] | None, typer.Option(help="a mask of class numbers: a picture, or a .npy; again: in turn")
-    ] = None,
-    audio: Annotated[list[str] | None, typer.Option(help="a sound's file, such as a .wav; again: in turn")] = None,
-    given: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE for a condition of any other name; again: in turn")
-    ] = None,
+    image: ToldPictures = None,
+    depth: ToldDepths = None,
+    segmentation: ToldLayouts = None,
+    audio: ToldSounds = None,
+    given: ToldOthers = None,
     from_given: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of what they are; again: in turn")] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="guidance weights of several conditions, such as depth=1.5,text=4")
-    ] = None,
+    weights: Weights = None,
     out: Annotated[Path | None, typer.Option(help="a .png of before and after, or a .npy; default RUN/edits/")] = None,
     ema: AverageOf = None,
     number: Annotated[int | None, typer.Option("-n", help="results of each picture; the same as sample.n")] = None,
@@ -460,9 +456,7 @@ def edit(
     if not files:
         raise InputError("no picture was given: undiffuse edit RUN PICTURE, such as shoe.png or samples.npy")
     if weights is not None:
-        if "guidance" in layer:
-            raise InputError("--weights has a guidance weight for each condition: leave out guidance, or --weights")
-        layer["guidance"] = _composed(weights)
+        layer["guidance"] = _composed(weights, layer)
     n = _number(number, layer)
     n = 1 if n is None else n
     config = bulk_module.configure(model, layer)
@@ -634,8 +628,10 @@ def _words(named: dict[str, list[str] | None], given: list[str] | None) -> dict[
     return words
 
 
-def _composed(weights: str) -> dict[str, Any]:
-    """The settings of guidance that NAME=WEIGHT words between commas mean."""
+def _composed(weights: str, layer: dict[str, Any]) -> dict[str, Any]:
+    """The settings of guidance that NAME=WEIGHT words between commas mean; InputError beside other ones."""
+    if "guidance" in layer:
+        raise InputError("--weights has a guidance weight for each condition: leave out guidance, or --weights")
     pairs = [word.partition("=") for word in weights.split(",")]
     try:
         each = {name.strip(): float(w) for name, _, w in pairs}
