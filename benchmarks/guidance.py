@@ -41,7 +41,6 @@ from undiffuse import (
     Spectrum,
     Thresholded,
     UniformLam,
-    UniformT,
     sample,
 )
 from undiffuse.evals import sliced
@@ -115,10 +114,19 @@ METHODS = (
     Method("dynamic threshold", Thresholded),
     Method("APG", APG),
     Method("APG, momentum -.5", lambda w: APG(w, momentum=-0.5)),
-    Method("CFG++, of equal scale", lambda w: CFGpp(min(1.0, -w * math.expm1(-H))), grid=UniformT()),
+    Method("CFG++, scale w (1 - e^-h)", lambda w: CFGpp(min(1.0, -w * math.expm1(-H)))),
     Method("CFG-Zero*", CFGZero, schedule=Flow()),
     Method("autoguidance", lambda w: Autoguidance(w, weak=WEAK)),
 )
+
+SHOWN = {
+    "CFG": "CFG",
+    "CFG, DDPM": "CFG, DDPM",
+    "CFG, 5 Langevin corrections a step": "CFG, Langevin\ncorrections",
+    "CFG in -1 < lam < 2": "CFG in an\ninterval",
+    "APG": "APG",
+    "autoguidance": "autoguidance",
+}
 
 
 def sampled(method: Method, w: float, n: int = N, seed: int = 0) -> tuple[Tensor, float]:
@@ -144,18 +152,19 @@ def steered(w: float, n: int, seed: int = 0) -> Tensor:
 
 
 def picture(shown: Sequence[tuple[str, Sequence[Tensor]]]) -> None:
-    """Rows of densities, one a method, one column a weight."""
-    figure, axes = plt.subplots(len(shown), len(WEIGHTS), figsize=(2.3 * len(WEIGHTS), 2.3 * len(shown)), squeeze=False)
-    edge = (-1.0, 1.0)
-    for row, (name, every) in zip(axes, shown, strict=True):
-        for ax, w, x in zip(row, WEIGHTS, every, strict=True):
-            ax.hist2d(x[:, 0].numpy(), x[:, 1].numpy(), bins=110, range=[edge, edge], cmap="magma", rasterized=True)
-            ax.set_xticks([])
-            ax.set_yticks([])
-            ax.set_aspect("equal")
-            if row is axes[0]:
-                ax.set_title(f"w = {w:g}")
-        row[0].set_ylabel(name, fontsize=9)
+    """Densities: a row for each weight, a column for each method."""
+    figure, axes = plt.subplots(len(WEIGHTS), len(shown), figsize=(2.0 * len(shown), 1.75 * len(WEIGHTS)))
+    for column, (name, every) in enumerate(shown):
+        for row, (w, x) in enumerate(zip(WEIGHTS, every, strict=True)):
+            ax = axes[row, column]
+            ax.hist2d(x[:, 0].numpy(), x[:, 1].numpy(), bins=(88, 77), range=[(-1.0, 0.6), (-0.4, 1.0)], cmap="magma_r")
+            ax.set(xticks=[], yticks=[], aspect="equal")
+            for spine in ax.spines.values():
+                spine.set_color("#d1d5db")
+            if row == 0:
+                ax.set_title(name, fontsize=10)
+            if column == 0:
+                ax.set_ylabel(f"w = {w:g}", fontsize=11)
     figure.tight_layout(pad=0.4)
     figure.savefig(PICTURE, dpi=110)
 
@@ -176,22 +185,22 @@ def main() -> None:
             every.append(x)
         rows.append([method.name, *cells, " / ".join(scales)])
         print(rows[-1], f"{time.perf_counter() - started:.0f} s", flush=True)
-        if method.name in ("CFG", "CFG, 5 Langevin corrections a step", "CFG in -1 < lam < 2", "APG", "autoguidance"):
-            shown.append((method.name.replace(", 5", ",\n5"), every))
+        if method.name in SHOWN:
+            shown.append((SHOWN[method.name], every))
     every = [steered(w, N) for w in WEIGHTS]
     cells = [f"{1000 * distance(t, x):.1f}" for t, x in zip(targets.values(), every, strict=True)]
     rows.append([f"CFG, DDPM, {N:,} weighted particles", *cells, ""])
-    shown.append(("CFG,\nweighted particles", every))
+    shown.append(("weighted\nparticles", every))
     picture(shown)
     text = (
         f"1000 x sliced Wasserstein distance of {N:,} samples of class 0 to p(x) p(c | x)^w: three classes of two "
         f"Gaussians each, exact denoisers, {STEPS} steps of DPM-Solver++(2M) unless another solver is named. The last "
         "column has the effective scales (`guide/effective.py`) at these w.\n\n"
         + table(["guidance", *(f"w = {w:g}" for w in WEIGHTS), "effective scales"], rows)
-        + "\n\nw = 1 is p(x | c), which every kind keeps but CFG++, which has no such scale. Above, no guidance of "
+        + "\n\nw = 1 is p(x | c), which every kind keeps. Above, no guidance of "
         "the denoiser samples the target, which the exact classifier shows: it is CFG, to rounding. Noise in the steps "
         "brings samples nearer to it, and Langevin corrections nearer still; weighted particles (`restore/steer.py`) "
-        "aim at it and arrive."
+        "aim at it and arrive. CFG++ on levels of equal distance in lam is CFG, to rounding."
     )
     write("Guidance where the truth is known", "python benchmarks/guidance.py", text)
 
