@@ -147,7 +147,7 @@ def fashion() -> tuple[Set, dict[str, tuple[Made, tuple[float, ...]]]]:
         return model.cond([k % 10 for k in range(first, first + n)], n)
 
     features = open_features("auto", train.x, "fashion-mnist")[0]
-    found = Set("fashion", model, held.x, features, told, read, 1000, 4000)
+    found = Set("fashion", model, held.x, features, told, read, 1000, 3000)
     return found, methods(str(RUNS / "reader"))
 
 
@@ -169,9 +169,10 @@ def scenes() -> tuple[Set, dict[str, tuple[Made, tuple[float, ...]]]]:
     def those(first: int, n: int) -> Any:
         return told[torch.arange(first, first + n) % len(raws)]
 
-    kinds = methods(None)
+    kinds = {name: (make, strengths[-3:]) for name, (make, strengths) in methods(None).items()}
+    kinds["CFG"] = (CFG, (1.0, 2.0, 3.0, 5.0))
     del kinds["autoguidance"]  # no snapshots of this run
-    return Set("scenes", model, real, open_features("pca", train.x)[0], those, read, 384, 0), kinds
+    return Set("scenes", model, real, open_features("pca", train.x)[0], those, read, 256, 0), kinds
 
 
 SETS = {"fashion": fashion, "scenes": scenes}
