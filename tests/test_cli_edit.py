@@ -309,3 +309,36 @@ def test_prompts_that_differ_by_a_word(run, tmp_path):
     assert "prompts of the same number of tokens, got 3 and 4" in err
     code, _, err = run("edit", out, tmp_path / "x.npy", "--text", "a dark number 3", "--out", tmp_path / "y.png")
     assert code == 0, err
+
+
+def test_guidance_without_a_condition_and_the_edited_file_are_refused(run, tmp_path):
+    x = undiffuse.load("digits").sample(2, label=[3, 8], steps=3).numpy()
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "none.npy", x[:0])
+    np.save(tmp_path / "words.npy", np.array(["abc"]))
+    few = ["sample.steps=2"]
+    for words, said in (
+        (["x.npy", "guidance.w=3", *few], "needs a condition"),
+        (["x.npy", "guidance=apg", *few], "needs a condition"),
+        (["x.npy", "guidance=classifier", *few], "guidance.run"),
+        (["x.npy", "--out", "x.npy", *few], "is the picture that is edited"),
+        (["none.npy", *few], "expected numbers"),
+        (["words.npy", *few], "expected numbers"),
+        (["x.npy", "--method", "inpaint", "--mask", "0,0,4,4", "--times", "3", *few], "--by repaint"),
+        (["x.npy", "--method", "super-resolution", "--factor", "2", *few], "--measure"),
+    ):
+        place = [str(tmp_path / word) if word.endswith(".npy") else word for word in words]
+        code, _, err = run("edit", "digits", *place)
+        assert (code, said in err) == (2, True), (words, err)
+    assert np.array_equal(np.load(tmp_path / "x.npy"), x)
+
+
+def test_too_many_results_are_told(run, tmp_path, monkeypatch):
+    np.save(tmp_path / "x.npy", undiffuse.load("digits").sample(1, label=3, steps=2).numpy())
+
+    def full(*given, **settings):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("undiffuse.cli.edit_pictures", full)
+    code, _, err = run("edit", "digits", tmp_path / "x.npy")
+    assert (code, "do not fit in memory" in err) == (2, True), err

@@ -1,5 +1,6 @@
 """Guidance that asks other networks: those of runs."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,3 +96,43 @@ def test_a_classifier_of_other_data_is_refused(trained, reader):
     guide = undiffuse.load(trained).guide(ClassifierGuidance(2.0, run=str(reader)))
     level = undiffuse.Level.at(0.0)
     assert guide.classifier(torch.zeros(2, 1, 8, 8), level).shape == (2, 10)
+
+
+def test_guidance_without_a_condition(run, trained, tmp_path):
+    words = ["sample", trained, "-n", 2, "sample.steps=2"]
+    for kind in ("apg", "cfg++", "per-level", "classifier"):
+        code, _, err = run(*words, f"guidance={kind}", "--out", tmp_path / "a.npy")
+        assert (code, "needs a condition" in err or "guidance.run" in err) == (2, True), err
+        code, _, err = run(*words, f"guidance={kind}", "--out", tmp_path / "shards")
+        assert (code, "needs a condition" in err or "guidance.run" in err) == (2, True), err
+    assert not list(tmp_path.iterdir())
+    model = undiffuse.load(trained)
+    x = Autoguidance(3.0, until=0.25)
+    found = model.sample(2, steps=2, guidance=x)
+    code, _, err = run(*words, "guidance=autoguidance", "guidance.w=3", "--out", tmp_path / "a.npy")
+    assert code == 0, err
+    assert torch.allclose(torch.from_numpy(np.load(tmp_path / "a.npy")), found, atol=1e-6)
+    assert not torch.allclose(found, model.sample(2, steps=2), atol=1e-4)
+    code, _, err = run(*words, "guidance=autoguidance", "guidance.w=3", "--out", tmp_path / "shards")
+    assert code == 0, err
+    code, _, err = run(*words, "guidance=autoguidance", "guidance.w=2", "--out", tmp_path / "shards")
+    assert (code, "guidance" in err) == (2, True), err
+
+
+@pytest.mark.parametrize("kind", ["rescale", "threshold", "apg", "cfg++", "cfg-zero", "per-level", "autoguidance"])
+def test_a_kind_named_alone_guides(trained, kind):
+    model = undiffuse.load(trained if kind == "autoguidance" else "digits")
+    model = model.using(Config.resolve(model.config.values, {"guidance": kind}))
+    x = model.sample(2, label=[1, 2], steps=2)
+    assert not torch.allclose(x, model.sample(2, label=[1, 2], steps=2, guidance=1.0), atol=1e-4)
+
+
+def test_what_is_no_network_is_told(trained, reader):
+    from undiffuse import ClassifierGuidance, ClassifierModel
+
+    with pytest.raises(InputError, match="denoiser, got Model"):
+        Autoguidance(2.0, weak=undiffuse.load(trained))
+    with pytest.raises(InputError, match="got ClassifierModel"):
+        ClassifierGuidance(2.0, classifier=ClassifierModel.load(reader))
+    with pytest.raises(InputError, match="finite number"):
+        Autoguidance("2")

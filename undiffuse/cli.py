@@ -42,7 +42,7 @@ from undiffuse.edit import edit as edit_pictures
 from undiffuse.evaluation import report
 from undiffuse.evaluation.open import data_of_run, data_of_samples
 from undiffuse.fit import check, fit
-from undiffuse.guide import Guidance, guide_of, prepared
+from undiffuse.guide import Guidance, prepared
 from undiffuse.level import Level
 from undiffuse.modal import read_plan
 from undiffuse.model import Model
@@ -50,7 +50,7 @@ from undiffuse.nets import presets
 from undiffuse.plans import Kept, check_plan, kept_plan, made_for, own, plan_for
 from undiffuse.restore import RESTORERS
 from undiffuse.runfolder import comes_along, find_run, nearest_run, run_folder, shipped
-from undiffuse.train import Lost, NonFinite, Preempted, Processes, Signals, TrainState
+from undiffuse.train import Lost, NonFinite, Preempted, Processes, Signals, TrainState, out_of_memory
 from undiffuse.tuning import tune_run
 from undiffuse.types import InputError
 
@@ -315,6 +315,7 @@ def sample(
     if dry_run:
         return _dry(config, as_json)
     read = _told(model, words, label)
+    _guided(model.using(config), read, layer)
     if out is not None and (out.is_dir() or not out.suffix):
         if nfe is not None and kept_plan(model, run, config, nfe, bool(read)) is None and not own(run_folder(run)):
             raise InputError(
@@ -342,8 +343,7 @@ def sample(
         )
     use = config.section("sample")
     told = in_turn(read, range(use.n)) if read else None
-    guide = guide_of(1.0) if told is None else model.using(config).guide()
-    guide(model.denoiser, told)  # says what is wrong with names and weights
+    guide = model.using(config).guide_of(told)
     kept = _planned(nfe, plan, model, run, config, bool(read), as_json)
     named_by = f"seed{use.seed}-{_slug(label, words)}-{_how(config, bool(read), nfe, plan)}"
     out = out or _own_folder(run, "samples") / f"{named_by}{'' if ema is None else f'-ema{ema:g}'}.png"
@@ -482,6 +482,7 @@ def edit(
     small = how.factor if isinstance(how, SuperResolution) and not how.measure else 1
     grey = 1 if isinstance(how, Colour) and not how.measure else 0
     x = read_pictures(model, files, small, grey)
+    _guided(model.using(config), told[0], layer)
     target, source = (
         in_turn(read, range(rows)) if read else None for read, rows in zip(told, (len(x) * n, len(x)), strict=True)
     )
@@ -491,6 +492,8 @@ def edit(
     out = out.with_suffix(".npy") if len(model.shape) != 3 and out.suffix == ".png" else out
     if out.suffix not in (".png", ".npy"):
         raise InputError(f"results are written as .png, with what was before, or as .npy; got {out.name}")
+    if any(out.resolve() == Path(file).resolve() for file in files):
+        raise InputError(f"--out {out} is the picture that is edited: give another file")
     _writable(out)
     started, calls = time.perf_counter(), [0]
     with Bars(as_json) as bars:
@@ -499,7 +502,8 @@ def edit(
             calls[0] = k
             bars.move("editing", k, None, "evaluations")
 
-        found = edit_pictures(
+        found = _in_memory(
+            edit_pictures,
             model.using(config),
             x,
             how,
@@ -526,6 +530,16 @@ def edit(
     _say(as_json, facts, f"{out}: {many}, {calls[0]} evaluations, {facts['seconds']:.1f} s{told_of}")
 
 
+def _in_memory(call: Callable[..., Any], *given: Any, **settings: Any) -> Any:
+    """What a call gives; InputError where memory does not suffice."""
+    try:
+        return call(*given, **settings)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError("so many results at once do not fit in memory: take fewer (-n), or fewer pictures") from error
+
+
 def _method(name: str, options: dict[str, Any], model: Model) -> Any:
     """The method of `EDITS` with the options that were given; InputError for those of other methods."""
     own = ["mask" if field == "known" else field for field in settings(name)]
@@ -535,6 +549,8 @@ def _method(name: str, options: dict[str, Any], model: Model) -> Any:
             raise InputError(
                 f"--{option} is for {', '.join(others)}; --method {name} takes {', '.join(f'--{k}' for k in own)}"
             )
+    if options.keys() & {"times", "jump"} and options.get("by") != "repaint":
+        raise InputError("--times and --jump are for --by repaint")
     if "mask" in own and "mask" not in options:
         raise InputError("inpaint needs --mask: what is made anew, a file with it in white, or left,top,right,bottom")
     if "mask" in options:
@@ -704,6 +720,13 @@ def _no_more_than_a_plan(nfe: int | None, plan: Path | None, layer: dict[str, An
         raise InputError("--nfe chooses a plan and --plan gives one: leave one of them out")
     if given:
         raise InputError(f"a plan has its own solver and levels: leave out {', '.join(given)}, or --nfe and --plan")
+
+
+def _guided(model: Model, read: list[Any], layer: dict[str, Any]) -> None:
+    """InputError for guidance that was asked for and cannot be bound: without a condition, or to others than there
+    are."""
+    if read or "guidance" in layer:
+        model.guide()(model.denoiser, in_turn(read, range(1)) if read else None)
 
 
 @dataclass

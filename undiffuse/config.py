@@ -283,7 +283,10 @@ def _check(
         name = str(first["loc"][0])
         annotation, default = known[name]
         if get_origin(annotation) in (tuple, list, Sequence) and name in given:
-            example = f", such as {list(default)}" if default not in (..., ()) else ""
+            words = (
+                ', such as \'["text", "depth"]\', in single quotes in a shell' if str in get_args(annotation) else ""
+            )
+            example = f", such as {list(default)}" if default not in (..., ()) else words
             raise InputError(f"{where}.{name} is a list{example}; got {given[name]!r}") from error
         key = ".".join([where, *(str(part) for part in first["loc"])])
         raise InputError(f"{key}: {first['msg'].lower()}, got {first.get('input')!r}") from error

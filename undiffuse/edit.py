@@ -20,7 +20,7 @@ from undiffuse.data import Prepare, Raw, Unreadable, read_picture
 from undiffuse.data.picture import cover, resized, to_float, with_channels
 from undiffuse.data.prepare import stored
 from undiffuse.grid import Grid
-from undiffuse.guide import CFG, Guidance, guide_of
+from undiffuse.guide import Guidance, guide_of
 from undiffuse.level import Level
 from undiffuse.model import Model
 from undiffuse.restore import (
@@ -50,7 +50,7 @@ from undiffuse.restore.strength import lam_of
 from undiffuse.sample import Noise, sample
 from undiffuse.seeds import seed_of
 from undiffuse.solvers import Solver
-from undiffuse.types import Denoise, InputError, did_you_mean, require
+from undiffuse.types import Denoise, InputError, one_of, require
 
 Columns = dict[str, Tensor]
 # of DAPS's white noise in units of the data's std: pictures that are likely given a noisy one differ in few directions,
@@ -91,9 +91,8 @@ class How:
         self, cond: Given | Cond | None, guidance: Guidance | float | Mapping[str, float] | None = None
     ) -> Denoise:
         """The denoiser with a condition, guided as all or by `guidance`."""
-        if cond is None:
-            return CFG()(self.denoiser, None)
-        return guide_of(self.guidance if guidance is None else guidance)(self.denoiser, cond.to(self.model.device))
+        guide = guide_of(self.guidance if guidance is None else guidance)
+        return guide(self.denoiser, None if cond is None else cond.to(self.model.device))
 
     def into(self, x: Tensor) -> Tensor:
         """Pictures of the data's range as the denoiser has them."""
@@ -170,7 +169,7 @@ class Inpaint:
     def __post_init__(self) -> None:
         ways = ("replacement", "repaint", "net", *RESTORERS)
         if self.by not in ways:
-            raise InputError(f"inpaint: by = {self.by!r}: {did_you_mean(self.by, ways)} there are {', '.join(ways)}")
+            raise InputError(f"inpaint: by = {self.by!r}: {one_of(self.by, ways)}")
         if self.noise and self.by not in RESTORERS:
             raise InputError(f"inpainting by {self.by} takes what is known to be without noise: take mmps, or noise 0")
 
@@ -197,7 +196,8 @@ class Inpaint:
             z = inpaint(how.bound(how.target), how.rows(how.into(x)), each, schedule, seed=how.seed, **use)
         found = how.out(z)
         found = found if self.noise else composite(found, how.rows(x), each)
-        masked = known * x + (1 - known) * how.middle
+        seen = known if self.by not in RESTORERS else (known == 1).to(x)  # the others take a soft mask
+        masked = seen * x + (1 - seen) * how.middle
         return Edited({"original": x, "masked": masked}, how.columns("result", found), {})
 
     def _told(self, how: How, x: Tensor, known: Tensor) -> Given:
@@ -304,7 +304,7 @@ class FlowEdit:
 def _restored(how: How, by: str, problem: Problem) -> Tensor:
     """One sample a row of the problem, in the denoiser's range."""
     if by not in RESTORERS:
-        raise InputError(f"by = {by!r}: {did_you_mean(by, RESTORERS)} there are {', '.join(RESTORERS)}")
+        raise InputError(f"by = {by!r}: {one_of(by, RESTORERS)}")
     use = {k: v for k, v in how.sampler().items() if v is not None}
     # all operators here are linear
     method = DAPS(exact=True, prior_std=SPREAD * how.model.spectrum.std) if by == "daps" else RESTORERS[by]()
@@ -314,7 +314,7 @@ def _restored(how: How, by: str, problem: Problem) -> Tensor:
         how.model.schedule,
         method=method,
         cond=None if how.target is None else how.target.to(how.model.device),
-        guidance=1.0 if how.target is None else how.guidance,
+        guidance=how.guidance,
         seed=how.seed,
         device=how.model.device,
         **use,
@@ -418,7 +418,7 @@ EDITS: dict[str, type[Any]] = {
 def settings(method: str) -> tuple[str, ...]:
     """The settings of a method of `EDITS`; InputError for another name."""
     if method not in EDITS:
-        raise InputError(f"no method is called {method!r}: {did_you_mean(method, EDITS)} there are {', '.join(EDITS)}")
+        raise InputError(f"no method is called {method!r}: {one_of(method, EDITS)}")
     return tuple(field.name for field in dataclasses.fields(EDITS[method]))
 
 
@@ -472,12 +472,14 @@ def edit(
         if cond is not None and len(cond) != rows:
             raise InputError(f"the {name} condition has {len(cond)} rows, {rows} were expected")
     if method.paired and target is None:
-        raise InputError(f"{type(method).__name__} needs a target condition: what pictures shall become")
+        raise InputError(
+            f"{type(method).__name__} needs a target condition, what pictures shall become: --class or --text"
+        )
     how = How(
         model,
         target,
         source,
-        CFG() if target is None and guidance is None else model.guide(guidance),
+        model.guide_of(target) if guidance is None else model.guide(guidance),
         solver,
         steps,
         grid or model.config.build("grid"),
@@ -522,11 +524,15 @@ def _read(path: Path, shape: tuple[int, ...], resize: bool) -> Tensor:
     sides = "x".join(map(str, shape[1:]))
     try:
         if path.suffix.lower() == ".npy" or len(shape) != 3:
-            x = torch.from_numpy(np.asarray(stored(path, str(path))))
+            array = np.asarray(stored(path, str(path)))
+            if array.dtype.kind not in "biuf" or not array.size:
+                raise InputError(f"{path} has an array of {array.dtype}, {array.shape}: expected numbers, {shape}")
+            x = torch.from_numpy(array)
             x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
             x = x[None] if x.ndim == len(shape) else x
             if x.ndim != 1 + len(shape) or tuple(x.shape[1:]) != shape:
-                raise InputError(f"{path} has an array {tuple(x.shape)}; expected {shape}, or several of them")
+                whole = "" if resize else "; whole pictures are measured first with --measure"
+                raise InputError(f"{path} has an array {tuple(x.shape)}; expected {shape}, or several of them{whole}")
         elif resize and shape[1] == shape[2]:
             prepare = Prepare(size=shape[1], channels=shape[0] if shape[0] in (1, 3, 4) else 0)
             x = prepare(Raw(path, where=str(path)), 0, 0).x[None]
@@ -536,7 +542,10 @@ def _read(path: Path, shape: tuple[int, ...], resize: bool) -> Tensor:
         raise InputError(str(error)) from error
     if tuple(x.shape[1:]) != shape:
         have = "x".join(map(str, x.shape[2:]))
-        raise InputError(f"{path} is {have} in {x.shape[1]} channels; expected {sides} in {shape[0]}: resize it first")
+        raise InputError(
+            f"{path} is {have} in {x.shape[1]} channels; expected {sides} in {shape[0]}: "
+            + ("resize it first" if resize else "resize it, or give --measure for whole pictures")
+        )
     if not bool(x.isfinite().all()):
         raise InputError(f"{path} has NaN or infinite values")
     return x

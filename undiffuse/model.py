@@ -20,7 +20,7 @@ from undiffuse.config import Config
 from undiffuse.data import Data, Statistics
 from undiffuse.denoise import Denoiser
 from undiffuse.grid import Grid
-from undiffuse.guide import CFG, Guidance, guide_of
+from undiffuse.guide import CFG, GUIDES, Guidance, guide_of
 from undiffuse.modal import Modal
 from undiffuse.runfolder import average_file, comes_along, finished, take_average
 from undiffuse.sample import State, sample
@@ -259,7 +259,7 @@ class Model:
         cond = self.cond(label, n) if given is None else given
         if isinstance(cond, Given) and self.encoders is not None:
             cond = self._ahead(self.encoders, cond.to(self.device), use.rows if rows is None else rows)
-        guide = CFG() if cond is None and guidance is None else self.guide(guidance)
+        guide = self.guide_of(cond) if guidance is None else self.guide(guidance)
         if plan is None:
             solver, grid = solver or self.config.build("solver"), grid or self.config.build("grid")
         x = sample(
@@ -288,6 +288,11 @@ class Model:
         guide: Guidance = self.config.build("guidance") if guidance is None else guide_of(guidance)
         found: Callable[[Model], Guidance] | None = getattr(guide, "found", None)
         return guide if found is None else found(self)
+
+    def guide_of(self, cond: Any) -> Guidance:
+        """The configured guidance of samples with this condition; without one, none but a kind that needs none."""
+        kind = GUIDES[self.config.values["guidance"]["kind"]]
+        return self.guide() if cond is not None or getattr(kind, "unconditional", False) else CFG()
 
     def weaker(self, run: str, ema: float, until: float) -> Denoiser:
         """The denoiser of a run (of "" this one) as it was after the share `until` of its training, with the average of

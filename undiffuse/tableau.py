@@ -231,7 +231,7 @@ class Tableau:
             if moved <= tol * share:
                 return start / heads[0]
         raise InputError(
-            f"the inverse did not settle in {sweeps} sweeps: take smaller steps, less guidance or a smaller share"
+            f"the inverse did not settle in {sweeps} sweeps: take more steps, less guidance or a smaller share"
         )
 
     def gaussian(self, variances: Tensor, means: Tensor | None = None, exact_start: bool = False) -> Moments:

@@ -69,3 +69,13 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     longer = [w for w in known if len(folded) > 1 and w.startswith(folded)]
     near = difflib.get_close_matches(folded, longer or known, 1, 0.0 if longer else 0.55)
     return f"did you mean {known[near[0]]!r}?" if near else ""
+
+
+def one_of(word: str, words: Iterable[str]) -> str:
+    """What to say of an unknown word: the nearest known one, or all.
+
+    >>> one_of("x", ["shirt", "coat"])
+    'there are shirt, coat'
+    """
+    known = list(words)
+    return did_you_mean(word, known) or f"there are {', '.join(known)}"

@@ -11,6 +11,7 @@ import torch
 
 from undiffuse.conditions import FILES
 from undiffuse.config import DEFAULTS, Config
+from undiffuse.guide import GUIDES
 from undiffuse.modal import read_plan
 from undiffuse.model import Model
 from undiffuse.runfolder import fingerprint, run_folder
@@ -64,11 +65,13 @@ class Job:
         settings = {k: self.values[k] for k in ("schedule", "solver", "grid") if self.plan is None}
         settings["sample"] = {k: v for k, v in self.values["sample"].items() if k in decide}
         settings |= {} if self.plan is None else {"plan": self.plan[1]}
-        settings |= {"label": labels, "guidance": self.values["guidance"]} if self.labels else {"label": None}
+        guidance = self.values["guidance"]
+        guided = bool(self.labels) or getattr(GUIDES[guidance["kind"]], "unconditional", False)
+        settings |= {"label": labels if self.labels else None, **({"guidance": guidance} if guided else {})}
         if self.words:
             known = dict(self.files)
             given = {name: [known.get(word, word) for word in each] for name, each in self.words}
-            settings |= {"given": given, "guidance": self.values["guidance"]}
+            settings |= {"given": given, "guidance": guidance}
         fixed = {"shard": self.shard, "format": self.format, "device": self.device, "threads": self.threads}
         ema = {} if self.ema is None else {"ema": self.ema}
         return {"model": self.model, **ema, **settings, **fixed}

@@ -25,6 +25,7 @@ class APG(CFG):
     in noise, and every evaluation of a solver counts.
     """
 
+    w: float = 2.0
     eta: float = 0.0
     norm: float = 0.0
     momentum: float = 0.0

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from undiffuse.denoise import FixedRows
 from undiffuse.guide.cfg import CFG
-from undiffuse.guide.contrast import Contrast
 from undiffuse.level import Level
-from undiffuse.types import Denoise, InputError, Model, require
+from undiffuse.types import InputError, Model, require
 
 
 @dataclass(frozen=True)
@@ -24,13 +23,19 @@ class Autoguidance(CFG):
     (0: that of the run) after `until`, a share of the training in (0, 1]: train.snapshots keep both at no cost.
     """
 
+    w: float = 2.0
     run: str = ""
     ema: float = 0.0
     until: float = 0.25
     weak: Any = None
+    unconditional: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.weak is not None and not callable(self.weak):
+            raise InputError(
+                f"weak is a denoiser, such as undiffuse.load(RUN).denoiser, got {type(self.weak).__name__}"
+            )
         require(0 <= self.ema < 0.2887, "guidance.ema", self.ema, "a length from 0 (the run's own) to 0.2887")
         require(0 < self.until <= 1, "guidance.until", self.until, "a share of the training above 0 and at most 1")
 
@@ -51,7 +56,3 @@ class Autoguidance(CFG):
         if self.weak is None:
             raise InputError("autoguidance needs a weak version of the model: Autoguidance(w, weak=...), or a run's")
         return self.weak(x, level, cond)  # type: ignore[no-any-return]
-
-    def __call__(self, model: Model, cond: Any, /) -> Denoise:
-        """The denoiser with `cond`, or None, bound and guided."""
-        return Contrast.__call__(self, model, cond)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from undiffuse.guide.contrast import Contrast, check_interval, check_weight, inside, one_level
+from undiffuse.guide.contrast import Bound, Contrast, check_interval, check_weight, inside, one_level
 from undiffuse.level import Level
 from undiffuse.types import Denoise, InputError, Model
 
@@ -37,9 +37,7 @@ class CFG(Contrast):
 
     def __call__(self, model: Model, cond: Any, /) -> Denoise:
         """The denoiser with `cond` (a `Cond` with null(), or None where w = 1) bound and guided."""
-        if cond is None and self.w != 1:
-            raise InputError(f"guidance with w = {self.w} needs a condition: give one, or leave w at 1")
-        return super().__call__(model, cond)
+        return super().__call__(model, cond) if cond is not None or self.w != 1 else Bound(model, None, self)
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,8 @@ class PerLevel(Contrast):
     3.0
     """
 
-    lam: tuple[float, ...] = (0.0,)
-    w: tuple[float, ...] = (1.0,)
+    lam: tuple[float, ...] = (-2.0, 2.0)
+    w: tuple[float, ...] = (1.0, 3.0)
 
     def __post_init__(self) -> None:
         rising = all(a < b for a, b in zip(self.lam, self.lam[1:], strict=False))

@@ -27,12 +27,18 @@ class ClassifierGuidance(CFG):
     and the base is left as it is. In a configuration `run` is that of a classifier (`undiffuse train kind=classifier`).
     """
 
+    w: float = 2.0
     run: str = ""
     base: Literal["conditional", "unconditional"] = "conditional"
     classifier: Any = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.classifier is not None and not callable(self.classifier):
+            was = type(self.classifier).__name__
+            raise InputError(
+                f"classifier is a function (x, level) -> logits, such as that of a ClassifierModel: got {was}"
+            )
         if self.base not in ("conditional", "unconditional"):
             raise InputError(f"guidance.base must be conditional or unconditional, got {self.base!r}")
 

@@ -63,8 +63,8 @@ class Composed:
             return CFG()(model, cond)
         if not hasattr(cond, "only"):
             raise InputError(
-                f"guidance by {', '.join(self.names)} needs conditions by name, as Encoders give them: "
-                f"got {type(cond).__name__}"
+                f"guidance by {', '.join(self.names)} needs conditions by name, as cond.NAME=ENCODER in training gives "
+                f"them, got {type(cond).__name__}: a model that is told its classes alone takes guidance=cfg"
             )
         cond.only(self.names)
         always = [name for name in cond.reads if name not in self.names]

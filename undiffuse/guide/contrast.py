@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def check_interval(lam_min: float, lam_max: float) -> None:
 
 def check_weight(w: float) -> None:
     """InputError for a weight that is no finite number."""
-    if not math.isfinite(w):
+    if not isinstance(w, int | float) or not math.isfinite(w):
         raise InputError(f"the guidance weight w must be a finite number (1 is off), got {w}")
 
 
@@ -69,6 +69,8 @@ class Contrast:
     alone and 0 the other one, bit for bit and at one row a sample.
     """
 
+    unconditional: ClassVar[bool] = False  # whether it guides samples without a condition, too
+
     def weight_at(self, level: Level) -> float:
         """The weight at a level."""
         raise NotImplementedError
@@ -87,7 +89,11 @@ class Contrast:
         return model(x, level, cond.null())
 
     def __call__(self, model: Model, cond: Any, /) -> Denoise:
-        """The denoiser with `cond` (a `Cond` or `Given`, or None where there is no guidance) bound and guided."""
+        """The denoiser with `cond`, a `Cond` or `Given`, bound and guided; InputError without one, unless guidance is
+        off or `unconditional`."""
+        if cond is None and not self.unconditional:
+            w = f" with w = {self.w}" if hasattr(self, "w") else ""
+            raise InputError(f"guidance{w} needs a condition: give one, such as a label, or leave guidance out")
         return Bound(model, cond, self)
 
 

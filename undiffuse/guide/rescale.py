@@ -9,7 +9,7 @@ from torch import Tensor
 
 from undiffuse.guide.cfg import CFG
 from undiffuse.level import PREDICTIONS, Kind, Level, from_x0, to_x0
-from undiffuse.types import InputError, did_you_mean, require
+from undiffuse.types import InputError, one_of, require
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Rescale(CFG):
     is another method in each; the paper's model predicts v. phi = 0 is CFG.
     """
 
+    w: float = 2.0
     phi: float = 0.7
     space: Kind = "x0"
 
@@ -28,8 +29,7 @@ class Rescale(CFG):
         super().__post_init__()
         require(0 <= self.phi <= 1, "guidance.phi", self.phi, "from 0 (CFG) to 1")
         if self.space not in PREDICTIONS:
-            raise InputError(f"guidance.space={self.space}: {did_you_mean(self.space, PREDICTIONS)} there are "
-                             f"{', '.join(PREDICTIONS)}")  # fmt: skip
+            raise InputError(f"guidance.space={self.space}: {one_of(self.space, PREDICTIONS)}")
 
     def blend(self, x: Tensor, level: Level, w: float, cond: Tensor, uncond: Tensor) -> Tensor:
         """The rescaled x0."""
@@ -50,6 +50,7 @@ class Thresholded(CFG):
     For data in [-1, 1] of which much is near the ends: pixels, not latents.
     """
 
+    w: float = 2.0
     quantile: float = 0.995
 
     def __post_init__(self) -> None:

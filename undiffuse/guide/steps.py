@@ -72,6 +72,7 @@ class CFGZero(CFG):
     is zero.
     """
 
+    w: float = 2.0
     zero: int = 1
     lams: Sequence[float] | None = None
 

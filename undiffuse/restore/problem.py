@@ -42,13 +42,22 @@ class Problem:
             raise InputError(f"operator must be an operator's instance such as Mask(mask), or a function: {operator!r}")
         if hasattr(operator, "observed"):
             object.__setattr__(self, "y", operator.observed(self.y))
+        if not isinstance(self.y, Tensor) or not self.y.is_floating_point():
+            was = getattr(self.y, "dtype", type(self.y).__name__)
+            raise InputError(f"y must be a tensor of floats (b, ...), got {was}")
         if self.y.ndim < 2 or len(self.y) == 0 or not bool(torch.isfinite(self.y).all()):
             raise InputError(f"y must be finite and of shape (b, ...), got shape {tuple(self.y.shape)}, or NaN in it")
         y = tuple(self.y.shape[1:])
         shape = tuple(self.shape) or tuple(operator.shape(y) if hasattr(operator, "shape") else y)
         object.__setattr__(self, "shape", shape)
-        with torch.no_grad():
-            found = tuple(operator(torch.zeros(1, *shape, dtype=self.y.dtype, device=self.y.device)).shape)
+        try:
+            with torch.no_grad():
+                found = tuple(operator(torch.zeros(1, *shape, dtype=self.y.dtype, device=self.y.device)).shape)
+        except RuntimeError as error:
+            raise InputError(
+                f"the operator does not take samples of shape {shape} and {self.y.dtype}: give `shape`, that of one "
+                f"sample, and y of the operator's type ({error})"
+            ) from error
         if found != (1, *y):
             raise InputError(f"the operator makes {found[1:]} of samples of shape {shape}, and y has {y}: give `shape`")
 
