@@ -48,7 +48,7 @@ TRAININGS = {
     "train.steps=2800 train.batch=128 held_out=2048",
 }
 INTERVAL, UNTIL = (-1.0, 3.0), 0.0625  # of lam; a share of the training, the first of 16 snapshots
-CONFIRMED = ("CFG", "interval", "autoguidance")
+CONFIRMED = ("CFG", "interval")
 Made = Callable[[float], Guidance]
 
 
@@ -81,11 +81,11 @@ def methods(classifier: str | None) -> dict[str, tuple[Made, tuple[float, ...]]]
         "interval": (lambda w: CFG(w, *INTERVAL), weights),
         "rescale": (Rescale, weights),
         "APG": (APG, (2.0, 3.0, 5.0, 8.0)),
-        "CFG++": (lambda scale: CFGpp(scale), (0.4, 0.5, 0.7, 1.0)),
-        "autoguidance": (lambda w: Autoguidance(w, until=UNTIL), weights),
+        "CFG++": (lambda scale: CFGpp(scale), (0.5, 0.7, 1.0)),
+        "autoguidance": (lambda w: Autoguidance(w, until=UNTIL), (1.5, 2.0, 3.0)),
     }
     if classifier is not None:
-        every["classifier"] = (lambda w: ClassifierGuidance(w, run=classifier), weights)
+        every["classifier"] = (lambda w: ClassifierGuidance(w, run=classifier), (2.0, 3.0, 5.0))
     return every
 
 
@@ -105,7 +105,7 @@ def drawn(s: Set, guide: Guidance, n: int, seed: int, batch: int = 256) -> Tenso
     return torch.cat(out)
 
 
-def scale_of(s: Set, guide: Guidance, n: int = 64) -> float:
+def scale_of(s: Set, guide: Guidance, n: int = 32) -> float:
     """The effective scale over n samples and their evaluations."""
     watched = Watched(guide)
     drawn(s, watched, n, 9)
@@ -147,7 +147,7 @@ def fashion() -> tuple[Set, dict[str, tuple[Made, tuple[float, ...]]]]:
         return model.cond([k % 10 for k in range(first, first + n)], n)
 
     features = open_features("auto", train.x, "fashion-mnist")[0]
-    found = Set("fashion", model, held.x, features, told, read, 1000, 3000)
+    found = Set("fashion", model, held.x, features, told, read, 1000, 2000)
     return found, methods(str(RUNS / "reader"))
 
 
