@@ -169,10 +169,10 @@ def scenes() -> tuple[Set, dict[str, tuple[Made, tuple[float, ...]]]]:
     def those(first: int, n: int) -> Any:
         return told[torch.arange(first, first + n) % len(raws)]
 
-    kinds = {name: (make, strengths[-3:]) for name, (make, strengths) in methods(None).items()}
-    kinds["CFG"] = (CFG, (1.0, 2.0, 3.0, 5.0))
+    kinds = {name: (make, strengths[-3::2]) for name, (make, strengths) in methods(None).items()}
+    kinds["CFG"] = (CFG, (1.0, 2.0, 5.0))
     del kinds["autoguidance"]  # no snapshots of this run
-    return Set("scenes", model, real, open_features("pca", train.x)[0], those, read, 256, 0), kinds
+    return Set("scenes", model, real, open_features("pca", train.x)[0], those, read, 128, 0), kinds
 
 
 SETS = {"fashion": fashion, "scenes": scenes}
