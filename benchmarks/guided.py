@@ -163,7 +163,7 @@ def scenes() -> tuple[Set, dict[str, tuple[Made, tuple[float, ...]]]]:
     told = model.encoders.ahead(told, model.shape[1:])  # type: ignore[union-attr]
 
     def read(x: Tensor) -> dict[str, float]:
-        found = read_captions(x[:256], raws[:256])
+        found = read_captions(x[: len(raws)], raws[: len(x)])
         return {name: found[name] for name in ("colour", "shape", "relation")}
 
     def those(first: int, n: int) -> Any:
