@@ -82,10 +82,10 @@ def methods(classifier: str | None) -> dict[str, tuple[Made, tuple[float, ...]]]
         "rescale": (Rescale, weights),
         "APG": (APG, (2.0, 3.0, 5.0, 8.0)),
         "CFG++": (lambda scale: CFGpp(scale), (0.5, 0.7, 1.0)),
-        "autoguidance": (lambda w: Autoguidance(w, until=UNTIL), (1.5, 2.0, 3.0)),
+        "autoguidance": (lambda w: Autoguidance(w, until=UNTIL), (1.5, 2.0)),
     }
     if classifier is not None:
-        every["classifier"] = (lambda w: ClassifierGuidance(w, run=classifier), (2.0, 3.0, 5.0))
+        every["classifier"] = (lambda w: ClassifierGuidance(w, run=classifier), (2.0, 3.0))
     return every
 
 
@@ -147,7 +147,7 @@ def fashion() -> tuple[Set, dict[str, tuple[Made, tuple[float, ...]]]]:
         return model.cond([k % 10 for k in range(first, first + n)], n)
 
     features = open_features("auto", train.x, "fashion-mnist")[0]
-    found = Set("fashion", model, held.x, features, told, read, 1000, 2000)
+    found = Set("fashion", model, held.x, features, told, read, 1000, 1000)
     return found, methods(str(RUNS / "reader"))
 
 
