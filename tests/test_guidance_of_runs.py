@@ -46,6 +46,24 @@ def test_autoguidance_on_the_command_line(run, trained, tmp_path):
     assert not (tmp_path / "b.npy").exists()
 
 
+def test_pictures_on_the_way_do_not_ask_for_earlier_weights(run, tmp_path):
+    words = [*SMALL.replace("eval.every=0", "eval.every=6 eval.n=4").split(), "guidance=autoguidance"]
+    code, _, err = run("train", *words, f"out={tmp_path / 'run'}")
+    assert code == 0, err
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
+
+
+def test_a_weak_version_is_read_once(trained, monkeypatch):
+    from undiffuse.train import Snapshots
+
+    model, read = undiffuse.load(trained), []
+    plain = Snapshots.average
+    monkeypatch.setattr(Snapshots, "average", lambda self, *how: read.append(how) or plain(self, *how))
+    for _ in range(3):
+        model.sample(1, label=1, steps=1, guidance=Autoguidance(2.0, until=0.75))
+    assert len(read) == 1
+
+
 def test_a_model_of_no_folder_has_no_earlier_average(trained):
     from dataclasses import replace
 

@@ -315,7 +315,7 @@ def sample(
     if dry_run:
         return _dry(config, as_json)
     read = _told(model, words, label)
-    _guided(model.using(config), read, layer)
+    guide = _guided(model.using(config), read, layer)
     if out is not None and (out.is_dir() or not out.suffix):
         if nfe is not None and kept_plan(model, run, config, nfe, bool(read)) is None and not own(run_folder(run)):
             raise InputError(
@@ -343,7 +343,6 @@ def sample(
         )
     use = config.section("sample")
     told = in_turn(read, range(use.n)) if read else None
-    guide = model.using(config).guide_of(told)
     kept = _planned(nfe, plan, model, run, config, bool(read), as_json)
     named_by = f"seed{use.seed}-{_slug(label, words)}-{_how(config, bool(read), nfe, plan)}"
     out = out or _own_folder(run, "samples") / f"{named_by}{'' if ema is None else f'-ema{ema:g}'}.png"
@@ -722,11 +721,13 @@ def _no_more_than_a_plan(nfe: int | None, plan: Path | None, layer: dict[str, An
         raise InputError(f"a plan has its own solver and levels: leave out {', '.join(given)}, or --nfe and --plan")
 
 
-def _guided(model: Model, read: list[Any], layer: dict[str, Any]) -> None:
-    """InputError for guidance that was asked for and cannot be bound: without a condition, or to others than there
-    are."""
-    if read or "guidance" in layer:
-        model.guide()(model.denoiser, in_turn(read, range(1)) if read else None)
+def _guided(model: Model, read: list[Any], layer: dict[str, Any]) -> Guidance:
+    """The configured guidance; InputError where it was asked for and cannot be bound: without a condition, or to others
+    than there are."""
+    told = in_turn(read, range(1)) if read else None
+    guide = model.guide() if "guidance" in layer else model.guide_of(told)
+    guide(model.denoiser, told)
+    return guide
 
 
 @dataclass

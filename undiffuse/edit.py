@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,6 +134,12 @@ class Edit(Protocol):
     def __call__(self, how: How, x: Tensor, /) -> Edited: ...
 
 
+def _check_strengths(strengths: Sequence[float]) -> None:
+    """InputError for one out of range."""
+    for s in strengths:
+        lam_of(s)
+
+
 @dataclass(frozen=True)
 class ImageToImage:
     """Noise to a strength and back (SDEdit): the picture again, and otherwise."""
@@ -141,8 +148,7 @@ class ImageToImage:
     paired: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for s in self.strength:
-            lam_of(s)
+        _check_strengths(self.strength)
 
     def __call__(self, how: How, x: Tensor, /) -> Edited:
         denoise, schedule, results = how.bound(how.target), how.model.schedule, Columns()
@@ -221,8 +227,7 @@ class Invert:
     paired: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for s in self.strength:
-            lam_of(s)
+        _check_strengths(self.strength)
 
     def __call__(self, how: How, x: Tensor, /) -> Edited:
         schedule, results, z = how.model.schedule, Columns(), how.into(x)
@@ -253,8 +258,7 @@ class PromptToPrompt:
     paired: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for s in self.strength:
-            lam_of(s)
+        _check_strengths(self.strength)
         check_shares(self.cross, self.own)
 
     def __call__(self, how: How, x: Tensor, /) -> Edited:
@@ -287,8 +291,7 @@ class FlowEdit:
     paired: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for s in self.strength:
-            lam_of(s)
+        _check_strengths(self.strength)
         require(self.average >= 1, "average", self.average, "a whole number >= 1")
 
     def __call__(self, how: How, x: Tensor, /) -> Edited:
@@ -322,7 +325,7 @@ def _restored(how: How, by: str, problem: Problem) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Restoration:
+class _Restoration(ABC):
     """y = A(x0) + noise, where pictures are y, or, with `measure`, x0: these are measured first, and dB tell how near
     results are to them."""
 
@@ -331,8 +334,9 @@ class _Restoration:
     measure: bool = False
     paired: ClassVar[bool] = False
 
+    @abstractmethod
     def operator(self, how: How) -> Operator:
-        raise NotImplementedError
+        """A."""
 
     def __call__(self, how: How, x: Tensor, /) -> Edited:
         operator, measured = self.operator(how), dict[str, float]()
@@ -382,11 +386,11 @@ class RandomMask(_Restoration):
 
     share: float = 0.3
 
-    def operator(self, how: How) -> Operator:
+    def operator(self, how: How) -> Mask:
         return Mask(share=self.share, seed=how.seed)
 
     def shown(self, how: How, y: Tensor) -> Tensor:
-        known = Mask(share=self.share, seed=how.seed).known(y)
+        known = self.operator(how).known(y)
         return torch.where(known.cpu(), how.out(y), how.middle)
 
 

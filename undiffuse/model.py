@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from undiffuse.denoise import Denoiser
 from undiffuse.grid import Grid
 from undiffuse.guide import CFG, GUIDES, Guidance, guide_of
 from undiffuse.modal import Modal
-from undiffuse.runfolder import average_file, comes_along, finished, take_average
+from undiffuse.runfolder import average_file, comes_along, fingerprint, finished, run_folder, take_average
 from undiffuse.sample import State, sample
 from undiffuse.schedule import Schedule
 from undiffuse.solvers import Solver
@@ -31,6 +32,17 @@ from undiffuse.tableau import Tableau
 from undiffuse.train import commit, load_weights, weights
 from undiffuse.tune import Choice, Report, Result, auto, ladder
 from undiffuse.types import Denoise, InputError, Plan, did_you_mean
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(load: Callable[..., Any], run: str, known_by: str, *how: Any) -> Any:
+    return load(run, *how)
+
+
+def _once(load: Callable[..., Any], run: str, *how: Any) -> Any:
+    """What `load` reads of a run: once, however often guidance asks for it, until the run is trained again."""
+    folder = run_folder(run).resolve()
+    return _loaded(load, str(folder), fingerprint(folder) if (folder / "model").is_dir() else "", *how)
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,14 +313,14 @@ class Model:
             raise InputError(
                 "this model is of no run folder, whose snapshots an earlier average is made of: name a run"
             )
-        weak = Model.load(run or str(self.folder), ema or None, until).denoiser.to(self.device)
-        return weak
+        weak: Model = _once(Model.load, run or str(self.folder), ema or None, until)
+        return weak.denoiser.to(self.device)
 
     def classifier(self, run: str) -> Classifier:
         """The classifier of noisy data in a run; InputError where there is none, or one of other data or classes."""
         if not run:
             raise InputError("which classifier: guidance.run=RUN, a run that `undiffuse train kind=classifier` made")
-        found = ClassifierModel.load(run)
+        found: ClassifierModel = _once(ClassifierModel.load, run)
         own, its = (self.shape, self.classes, self.scale), (found.shape, found.classes, found.scale)
         if own != its:
             raise InputError(

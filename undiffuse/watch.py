@@ -91,14 +91,16 @@ class Watch:
         }
 
     def picture(self, path: Path | None, asked: Callable[[], int] = lambda: 0) -> None:
-        """Write a grid of samples with the run's own settings, a class a column or of held-out conditions; nothing for
-        data that are no images, nor where `path` is None."""
+        """Write a grid of samples with the run's own settings, a class a column or of held-out conditions, unguided
+        where guidance asks other networks; nothing for data that are no images, nor where `path` is None."""
         if len(self.model.shape) != 3:
             return
         columns = plot.columns_for(PICTURES, self.model.classes)
         n = columns * (PICTURES // columns)
         told = self.model.examples(range(n)) if self.model.conditional else None
-        x = self.model.sample(n, given=told, seed=2, progress=_leaving(asked))
+        # other networks, such as this run's own earlier ones, are asked when it is trained
+        guidance = 1.0 if hasattr(self.model.config.build("guidance"), "found") else None
+        x = self.model.sample(n, given=told, guidance=guidance, seed=2, progress=_leaving(asked))
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -77,6 +77,7 @@ def test_it_says_the_prior_at_pure_noise_and_something_finite_at_clean_data():
         (slope,) = torch.autograd.grad(logits[:, 0].sum(), x)
         assert torch.isfinite(logits).all()
         assert torch.isfinite(slope).all()
+        assert bool((slope != 0).any()) == (level.alpha > 0)  # at pure noise there is nothing to read
     assert (model(x, Level(1, 0)) - model(-x, Level(1, 0))).abs().min() > 1e-3
 
 
@@ -122,6 +123,10 @@ def test_probabilities_of_labels_of_sets_of_them_and_of_none():
     assert torch.allclose(got.exp(), expected)
     (slope,) = torch.autograd.grad(got.sum(), y)
     assert torch.isfinite(slope).all()
+    assert torch.allclose(slope[1:3], torch.zeros(2, *SHAPE).double(), atol=1e-12)  # none, and all of the classes
+    z = x.clone().requires_grad_()
+    (alone,) = torch.autograd.grad(model.log_p(z, level, torch.tensor([0, 0, 0, 1]))[3], z)
+    assert torch.allclose(slope[3], alone[3])
     assert slope[1].abs().max() < 1e-12 < slope[0].abs().max()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from undiffuse.guide.apg import APG
@@ -10,12 +10,11 @@ from undiffuse.guide.auto import Autoguidance
 from undiffuse.guide.cfg import CFG, PerLevel
 from undiffuse.guide.classifier import ClassifierGuidance
 from undiffuse.guide.composed import Composed
-from undiffuse.guide.contrast import Contrast
+from undiffuse.guide.contrast import Contrast, prepared
 from undiffuse.guide.effective import effective_scale
 from undiffuse.guide.rescale import Rescale, Thresholded
 from undiffuse.guide.steps import CFGpp, CFGZero
-from undiffuse.level import Level
-from undiffuse.types import Denoise, InputError, Model, Plan
+from undiffuse.types import Denoise, InputError, Model
 
 
 class Guidance(Protocol):
@@ -50,15 +49,6 @@ def guide_of(guidance: Guidance | float | Mapping[str, float]) -> Guidance:
     if not callable(guidance):
         raise InputError(f"guidance is a weight, weights by name or a guidance such as CFG(2.0), got {guidance!r}")
     return guidance
-
-
-def prepared(guide: Guidance, walk: Sequence[Level] | Plan, rows: int = 0) -> Guidance:
-    """The guidance for a walk along these levels, or a plan's, with network calls of `rows` rows each, if any: kinds
-    that go by the steps, or ask other networks, have a method of this name. Every evaluation of a plan is a step."""
-    own: Callable[[Sequence[Level], int], Guidance] | None = getattr(guide, "prepared", None)
-    if own is None:
-        return guide
-    return own(walk if isinstance(walk, Sequence) else [*walk.levels, Level(*walk.end)], rows)
 
 
 __all__ = [

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.level import Level
-from undiffuse.types import Denoise, InputError, Model
+from undiffuse.types import Denoise, InputError, Model, Plan
 
 
 def check_interval(lam_min: float, lam_max: float) -> None:
@@ -56,12 +57,26 @@ def asked(model: Model, x: Tensor, level: Level, conds: Sequence[Any]) -> tuple[
     return model(torch.cat([x] * n), level, type(conds[0]).cat(conds)).chunk(n)
 
 
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of each sample's elements, (b, 1, ..., 1) to meet them."""
+    return (a * b).flatten(1).sum(1).reshape(-1, *(1 for _ in a.shape[1:]))
+
+
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product of each sample's elements, (b, 1, ...), in float64."""
-    return (a.double() * b.double()).flatten(1).sum(1).reshape(-1, *(1 for _ in a.shape[1:]))
+    """`dot` in float64."""
+    return dot(a.double(), b.double())
 
 
-class Contrast:
+def prepared(guide: Any, walk: Sequence[Level] | Plan, rows: int = 0) -> Any:
+    """The guidance for a walk along these levels, or a plan's, with network calls of `rows` rows each, if any: kinds
+    that go by the steps, or ask other networks, have a method of this name. Every evaluation of a plan is a step."""
+    own: Callable[[Sequence[Level], int], Any] | None = getattr(guide, "prepared", None)
+    if own is None:
+        return guide
+    return own(walk if isinstance(walk, Sequence) else [*walk.levels, Level(*walk.end)], rows)
+
+
+class Contrast(ABC):
     """x0 = `blend` of the predictions with the condition and with the null condition, at the weight of the level.
 
     A kind of guidance is a frozen dataclass with a `weight_at` and, where it does not blend as CFG does, a `blend`; or
@@ -71,9 +86,9 @@ class Contrast:
 
     unconditional: ClassVar[bool] = False  # whether it guides samples without a condition, too
 
+    @abstractmethod
     def weight_at(self, level: Level) -> float:
         """The weight at a level."""
-        raise NotImplementedError
 
     def blend(self, x: Tensor, level: Level, w: float, cond: Tensor, uncond: Tensor) -> Tensor:
         """x0 from both predictions of it."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from undiffuse.guide.contrast import asked, inner
+from undiffuse.guide.contrast import asked, inner, prepared
 from undiffuse.level import Level
 from undiffuse.types import Denoise, Model
 
@@ -53,8 +52,7 @@ class Watched:
 
     def prepared(self, levels: Any, rows: int = 0) -> Watched:
         """The same, with its guidance prepared."""
-        own: Callable[..., Any] | None = getattr(self.guide, "prepared", None)
-        return self if own is None else Watched(own(levels, rows), self.scales)
+        return Watched(prepared(self.guide, levels, rows), self.scales)
 
     def __call__(self, model: Model, cond: Any, /) -> Denoise:
         """The denoiser that is guided and watched; it asks the model for two rows more."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from undiffuse.grid import check_levels
+from undiffuse.guide.contrast import dot
 from undiffuse.level import Level
-from undiffuse.restore.krylov import dot
 from undiffuse.restore.problem import Problem
 from undiffuse.restore.tangent import linearised
 from undiffuse.solvers import DDPM, Solver

@@ -7,12 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from undiffuse.guide.contrast import dot
+
 Product = Callable[[Tensor], Tensor]
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of samples, (b, 1, ..., 1) to meet them."""
-    return (a * b).flatten(1).sum(1).reshape(-1, *(1 for _ in a.shape[1:]))
 
 
 def ridge(forward: Product, adjoint: Product, r: Tensor, damping: Tensor, iterations: int, tol: float = 0.0) -> Tensor:

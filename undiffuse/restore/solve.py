@@ -95,9 +95,10 @@ def restore(
     tensor([1., 1., 1., 1.])
     """
     method, grid, n, size = method or MMPS(), grid or UniformLam(), len(problem), rows or batch or len(problem)
-    if isinstance(method, type) or not callable(getattr(method, "solver", method)):
+    own = getattr(method, "solver", None)  # of a method that is one
+    if isinstance(method, type) or not callable(own or method):
         raise InputError(f"method must be a restorer's instance such as MMPS() or DAPS(), got {method!r}")
-    if isinstance(method, DAPS) and solver is not None:
+    if own is not None and solver is not None:
         raise InputError("DAPS is a solver itself: leave solver out, or take another method")
     if size < 1:
         raise InputError(f"batch and rows must be >= 1, got batch = {batch}, rows = {rows}")
@@ -109,11 +110,10 @@ def restore(
     given, guide, out = _Given(cond, problem), guide_of(guidance), []
     for start in range(0, n, size):
         stop = start + size if rows else min(n, start + size)
-        some = given[
-            torch.arange(start, stop).clamp(max=n - 1)
-        ]  # the last row again where `rows` are more than are left
-        if isinstance(method, DAPS):
-            solver = method.solver(some.problem.to(device))
+        # the last row again where `rows` are more than are left
+        some = given[torch.arange(start, stop).clamp(max=n - 1)]
+        if own is not None:
+            solver = own(some.problem.to(device))
         x0 = sample(
             model,
             (stop - start, *problem.shape),
@@ -122,7 +122,7 @@ def restore(
             solver=solver,
             grid=grid,
             cond=some,
-            guidance=_Restored(guide, None if isinstance(method, DAPS) else method),
+            guidance=_Restored(guide, method if own is None else None),  # type: ignore[arg-type]
             seed=seed,
             first=first + start,
             dtype=dtype,
